@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+//
+// Which devices may see entropy-coded tensors. Included by ggml-backend.cpp only.
+//
+// Many backends answer supports_op by the op and the float types around it and take any type of weight: Metal for MUL_MAT and GET_ROWS, RPC
+// for everything, the CPU for most. They would read an entropy-coded payload as rows. So ggml_backend_dev_supports_op, the one function
+// that the scheduler and the model loader ask, says no for an op that touches such a tensor, unless the device's registry exports
+//
+//     bool ggml_backend_entropy_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op)
+//
+// through ggml_backend_reg_get_proc_address; then the answer is that function's, and the device's own supports_op is not asked.
+// No registry exports it yet: the function comes with the first fused kernels.
+
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml-entropy.h"
+
+typedef bool (*ggml_backend_entropy_supports_op_t)(ggml_backend_dev_t device, const struct ggml_tensor * op);
+
+static bool ggml_backend_entropy_is_in_op(const struct ggml_tensor * op) {
+    if (ggml_entropy_is_type(op->type)) {
+        return true;
+    }
+    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        if (op->src[i] != nullptr && ggml_entropy_is_type(op->src[i]->type)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool ggml_backend_entropy_dev_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(device);
+    const auto fn = reg == nullptr ? nullptr :
+        (ggml_backend_entropy_supports_op_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_supports_op");
+    return fn != nullptr && fn(device, op);
+}
