@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+# One command each; every target sets up what it needs. `make help` lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help venv runtime demo test test-asan lint clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP) ## Python environment with all dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: this Python has no venv module (apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+runtime: $(STAMP) ## build (or take from the cache) and install the patched llama.cpp
+	$(BIN)/entrollm runtime build
+
+demo: runtime ## a real model through all recipes, compared with stock types, and a chat; files in build/demo
+	$(BIN)/entrollm demo --out build/demo
+
+test: runtime lint ## all tests of the default tier
+	$(BIN)/python -m pytest
+
+test-asan: runtime ## codec and loader on damaged files, under AddressSanitizer and UBSan
+	bash tests/asan/run.sh $(BIN)
+
+lint: $(STAMP) ## style
+	$(BIN)/ruff check .
+
+clean: ## remove the environment and build outputs (not the user's cache)
+	rm -rf $(VENV) build dist

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""EntroLLM-GGUF: entropy-coded tensor types for GGUF and llama.cpp.
+
+The rooms, and the one-way doors between them: codec <- quant <- gguf_io <- convert, inspect, eval. `runtime` builds the patched llama.cpp
+and knows where it is. Each command of `entrollm` is a function here as well, imported on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "convert": "entrollm_gguf.convert.pipeline",
+    "decode_file": "entrollm_gguf.inspect.decode",
+    "inspect_file": "entrollm_gguf.inspect.report",
+    "verify_file": "entrollm_gguf.inspect.verify",
+    "perplexity": "entrollm_gguf.eval.perplexity",
+    "measure_speed": "entrollm_gguf.eval.bench",
+    "Chat": "entrollm_gguf.eval.chat",
+    "build_runtime": "entrollm_gguf.runtime",
+    "runtime_info": "entrollm_gguf.runtime",
+}
+_RENAMED = {"build_runtime": "build", "runtime_info": "info"}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    # lazily: torch takes seconds to import, and `entrollm --help` needs none of it
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), _RENAMED.get(name, name))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""The `entrollm` command: finds the subcommand, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from entrollm_gguf import __version__
+from entrollm_gguf.errors import EntroLLMError
+
+# name -> (module:attribute, one line for --help). The line stands here so that `entrollm --help` imports nothing heavy.
+_COMMANDS = {
+    "runtime": ("entrollm_gguf.runtime.cli:runtime", "Build the patched llama.cpp, and show what is installed."),
+    "convert": ("entrollm_gguf.convert.cli:convert", "Convert a Hugging Face model to an entropy-coded GGUF."),
+    "decode": ("entrollm_gguf.inspect.cli:decode", "Turn an entropy-coded GGUF into a plain one for stock llama.cpp."),
+    "inspect": ("entrollm_gguf.inspect.cli:inspect", "Show the tensors of a GGUF: type, size, bits per weight, entropy."),
+    "verify": ("entrollm_gguf.inspect.cli:verify", "Check that a GGUF is whole and intact."),
+    "chat": ("entrollm_gguf.eval.cli:chat", "Chat with a GGUF."),
+    "perplexity": ("entrollm_gguf.eval.cli:perplexity", "Measure perplexity and KL divergence on a text."),
+    "demo": ("entrollm_gguf.eval.cli:demo", "Convert a real model with every recipe and compare it with stock types."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[cmd_name][0].split(":")
+        return getattr(import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nFirst steps:\n  entrollm runtime build\n  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf\n  entrollm chat smollm2.gguf\n",
+)
+@click.version_option(__version__, prog_name="entrollm")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+def cli(debug: bool) -> None:
+    """Entropy-coded GGUF models for llama.cpp: convert, inspect, measure, chat."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = cli.main(argv, prog_name="entrollm", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        return 130
+    except EntroLLMError as error:
+        if "--debug" in argv:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except MemoryError:
+        _complain("out of memory; close other programs, or convert on a larger machine")
+        return 1
+    except BrokenPipeError:  # `entrollm inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if "--debug" in argv:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        hint = "; free some space" if error.errno == errno.ENOSPC else ""
+        _complain(f"{name}{error.strerror or error}{hint}")
+        return 1
+
+
+def _complain(message: str) -> None:
+    click.echo(f"entrollm: error: {' '.join(message.split())}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""`entrollm convert`: arguments, progress bar, summary table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
+
+if TYPE_CHECKING:
+    from entrollm_gguf.convert.pipeline import ConversionReport
+
+_RECIPE_HELP = "".join(f"\b\n  {r.name:10} {r.summary}\n" for r in RECIPES.values())
+
+
+@click.command(
+    epilog=f"\b\nRecipes:\n{_RECIPE_HELP}\n\b\nExamples:\n  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf\n"
+    "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --recipe EQ8-paper\n"
+)
+@click.argument("model_dir", type=click.Path(path_type=Path), required=False)
+@click.argument("out_file", type=click.Path(path_type=Path), required=False)
+@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, metavar="NAME", help="How weights are quantized; see below.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
+@click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a decoding tile, a multiple of 32; by default by size.")
+@click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--verbose", is_flag=True, help="Show what llama.cpp's converter logs.")
+@click.option("--list-architectures", is_flag=True, help="List what llama.cpp's converter knows, and stop.")
+def convert(
+    model_dir: Path | None,
+    out_file: Path | None,
+    recipe: str,
+    threads: int | None,
+    tile_cols: int | None,
+    force: bool,
+    as_json: bool,
+    verbose: bool,
+    list_architectures: bool,
+) -> None:
+    """Convert a Hugging Face model to an entropy-coded GGUF.
+
+    MODEL_DIR is a model folder as downloaded from the Hugging Face hub (config.json, tokenizer, safetensors). OUT_FILE appears only when it
+    is complete. The patched llama.cpp runs it (entrollm runtime build); entrollm decode turns it into a file for the stock one.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
+    if not verbose:  # llama.cpp's classes set levels of their own
+        logging.disable(logging.WARNING)
+    from entrollm_gguf.convert import pipeline
+
+    if list_architectures:
+        from entrollm_gguf.convert.llama_cpp import list_architectures as architectures
+
+        click.echo("\n".join(architectures()))
+        return
+    if model_dir is None or out_file is None:
+        raise click.UsageError("MODEL_DIR and OUT_FILE are needed; see --help")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=as_json) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def on_progress(done: int, total: int, name: str) -> None:
+            # tied or fused tensors can make the sum differ from the checkpoint's
+            million = 1_000_000
+            bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
+
+        report = pipeline.convert(
+            model_dir, out_file, recipe=recipe, threads=threads, tile_cols=tile_cols, force=force, progress=on_progress
+        )
+    if as_json:
+        click.echo(json.dumps(report_as_dict(report), indent=2))
+    else:
+        print_summary(report, Console())
+
+
+def report_as_dict(report: ConversionReport) -> dict:
+    """The report as plain data for JSON."""
+    coded = report.coded()
+    return {
+        "path": str(report.path),
+        "recipe": report.recipe,
+        "file_bytes": report.file_bytes,
+        "n_weights": report.n_weights,
+        "bits_per_weight": report.bits_per_weight,
+        "coded_bits_per_weight": _per_weight(sum(t.n_bytes * 8 for t in coded), coded),
+        "entropy_bits_per_weight": _per_weight(sum(t.entropy_bits or 0 for t in coded), coded),
+        "seconds": report.seconds,
+        "tensors": [dataclasses.asdict(t) for t in report.tensors],
+    }
+
+
+def _per_weight(bits: float, tensors: list) -> float | None:
+    n = sum(t.n_elements for t in tensors)
+    return bits / n if n else None
+
+
+def print_summary(report: ConversionReport, console: Console) -> None:
+    """The table that ends a conversion."""
+    data = report_as_dict(report)
+    table = Table(show_header=False, box=None)
+    table.add_row("file", str(report.path))
+    table.add_row("recipe", report.recipe)
+    table.add_row("size", f"{report.file_bytes / 1e6:.1f} MB, {report.bits_per_weight:.3f} bits per weight")
+    if data["coded_bits_per_weight"]:
+        coded, entropy = data["coded_bits_per_weight"], data["entropy_bits_per_weight"]
+        over = f" (+{(coded / entropy - 1) * 100:.2f} %)" if entropy else ""
+        table.add_row("coded matrices", f"{coded:.3f} bits per weight, entropy {entropy:.3f}{over}")
+    types = Counter(t.type_name for t in report.tensors)
+    table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in types.most_common()))
+    for record in report.tensors:
+        if record.scheme.startswith("kept: "):
+            table.add_row("", f"{record.name} stays {record.type_name}: {record.scheme.removeprefix('kept: ')}")
+    table.add_row("time", f"{report.seconds:.1f} s")
+    console.print(table)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""Which tensors stay in a stock type, and why. What llama.cpp's converter would leave in F32 never comes here."""
+
+from __future__ import annotations
+
+import math
+
+# Matrices that llama-quantize leaves alone (tensor_allows_quantization in src/llama-quant.cpp), by a part of their name. The converter
+# classes keep most of them in F32 already; these are the ones they would write as F16 or BF16.
+_NOT_QUANTIZED = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "altup",
+    "laurel",
+    "per_layer_model_proj",
+    "position_embd",
+    "token_types",
+    "ssm_conv1d",
+    "shortconv.conv",
+    "indexer.",
+    "time_mix_",
+    "attn_rel_b",
+    "patch_embd",
+    "patch_merger",
+    "codebook",
+    "code_embd",
+)
+
+# Weights that llama.cpp views, reshapes or reads row by row from disk, which needs a stock layout even where they are matrices.
+_VIEWED = {
+    "attn_k_b.weight": "viewed by multi-head latent attention",
+    "attn_v_b.weight": "viewed by multi-head latent attention",
+    "attn_output_a.weight": "reshaped at load",
+    "per_layer_token_embd": "read row by row from disk",
+    "ple_conv1d": "viewed as a convolution",
+    "hc_": "reshaped at load",
+}
+
+
+def reason_to_keep(name: str, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor is not entropy-coded, or None if it is.
+
+    Args:
+        name: GGUF name, e.g. "blk.0.attn_q.weight".
+        shape: true shape in numpy order.
+    """
+    if len(shape) not in (2, 3):
+        return f"{len(shape)} dimensions"
+    for part, why in _VIEWED.items():
+        if part in name:
+            return why
+    if any(part in name for part in _NOT_QUANTIZED):
+        return "not quantized by llama.cpp either"
+    if shape[-1] % 32 != 0:
+        return f"{shape[-1]} columns are no multiple of 32"
+    if shape[-2] == 1:
+        return "a single row"
+    if shape[-1] > 1 << 24 or shape[-2] > 2**31 - 1 or (len(shape) == 3 and shape[0] > 1 << 16) or math.prod(shape) == 0:
+        return "outside the limits of the format"
+    return None

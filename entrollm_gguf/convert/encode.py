@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""One tensor: quantize, entropy-code, decode again and compare. No files and no llama.cpp here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from entrollm_gguf import codec
+from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.quant import QUANTIZERS
+from entrollm_gguf.quant.base import NotFiniteError, QuantizeError
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What became of one tensor; a line of the report, and of the file's metadata."""
+
+    name: str
+    type_name: str  # "EQ8", "F32", ...
+    shape: tuple[int, ...]  # numpy order
+    n_bytes: int
+    scheme: str  # the grid that was chosen, or why the tensor stays in a stock type
+    entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
+    coded_bits: int | None = None  # Huffman codes alone
+
+    @property
+    def n_elements(self) -> int:
+        """Number of weights."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the file per weight, container included."""
+        return self.n_bytes * 8 / self.n_elements
+
+
+class Unquantizable(Exception):
+    """The tensor has to stay in a stock type; the message says why."""
+
+
+def encode_tensor(
+    name: str,
+    weights: np.ndarray,
+    kind: codec.EntropyType,
+    quantizer: str,
+    *,
+    tile_cols: int | None = None,
+    threads: int | None = None,
+) -> tuple[np.ndarray, TensorRecord]:
+    """Make the payload of one tensor and check that it decodes to the codes that went in.
+
+    Args:
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
+        quantizer: key of QUANTIZERS.
+    Returns:
+        payload (uint8) and its record.
+    Raises:
+        ConversionError: NaN or infinite weights, or a payload that does not decode to its codes.
+        Unquantizable: finite weights that no f16 scale covers.
+    """
+    try:
+        quantized = QUANTIZERS[quantizer](weights, kind, threads)
+    except NotFiniteError as error:
+        raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
+    except QuantizeError as error:
+        raise Unquantizable(str(error)) from error
+    encoded = codec.encode(
+        kind, quantized.codes, quantized.scales, quantized.offsets, tile_cols=tile_cols, threads=threads
+    )
+    decoded = codec.decode(kind, encoded.payload, weights.shape, name, threads)
+    if not np.array_equal(decoded, quantized.codes):
+        raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")
+    record = TensorRecord(
+        name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, encoded.entropy_bits, encoded.coded_bits
+    )
+    return encoded.payload, record

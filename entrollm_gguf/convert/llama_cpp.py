@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""Driver of llama.cpp's own converter classes: which class, its tensors one by one, its metadata. Nothing of theirs is rewritten.
+
+The classes call `gguf_writer.add_tensor(name, data, raw_dtype)` for each tensor under its GGUF name. `each_tensor` stands in for that call. Types
+are decided upstream: with the file type BF16, whatever comes as BF16 is what llama.cpp would quantize, all else stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrollm_gguf.errors import ConversionError, EntroLLMError, UnsupportedModelError
+from entrollm_gguf.gguf_io.patched import import_gguf
+
+
+def _import_conversion():
+    """llama.cpp's `conversion` package, from the runtime."""
+    from entrollm_gguf import runtime
+
+    folder = str(runtime.conversion_path())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import conversion
+
+    return conversion
+
+
+@contextlib.contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Anything the converter classes raise becomes a ConversionError that names the model folder.
+
+    They meet arbitrary files with bare indexing, asserts and library calls, so that every exception type is possible.
+    """
+    try:
+        yield
+    except (EntroLLMError, KeyboardInterrupt, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise  # disk trouble of our own output, worded by its owner
+        raise ConversionError(f"{what}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no further message"
+        raise ConversionError(f"{what}: cannot be read ({type(error).__name__}: {reason[:300]})") from error
+
+
+class SourceModel:
+    """A Hugging Face model folder, opened by the converter class of its architecture.
+
+    Args:
+        folder: holds config.json, the tokenizer and safetensors (or pytorch .bin) files.
+        out_path: the file that `write_file` writes.
+    Raises:
+        ConversionError: not a model folder, or files that are damaged or missing.
+        UnsupportedModelError: llama.cpp's converter does not know the architecture.
+    """
+
+    def __init__(self, folder: Path, out_path: Path) -> None:
+        self.folder = folder
+        self._gguf = import_gguf()
+        if not folder.is_dir():
+            raise ConversionError(f"{folder}: no such folder; name the folder of a Hugging Face model")
+        if not (folder / "config.json").is_file():
+            raise ConversionError(f"{folder}: has no config.json; this is not a Hugging Face model folder")
+        conversion = _import_conversion()
+        logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
+        with one_line_errors(str(folder)):
+            hparams = conversion.ModelBase.load_hparams(folder, False)
+            architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+            try:
+                model_class = conversion.get_model_class(architecture)
+            except NotImplementedError as error:
+                raise UnsupportedModelError(
+                    f"{folder}: architecture {architecture} is not known to llama.cpp's converter; "
+                    "its list: entrollm convert --list-architectures"
+                ) from error
+            # BF16 here marks the tensors that upstream would quantize; _keep_floats hands them over unrounded
+            self._model = model_class(folder, self._gguf.LlamaFileType.MOSTLY_BF16, out_path)
+        if not self._model.model_tensors:
+            raise ConversionError(f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)")
+
+    def n_elements(self) -> int:
+        """Weights in the model's files, for progress."""
+        with one_line_errors(str(self.folder)):
+            return sum(math.prod(generate().shape) for generate in self._model.model_tensors.values())
+
+    def each_tensor(self, handle: Callable[[str, Any, int | None], None]) -> None:
+        """Call handle(name, data, type) for every tensor under its GGUF name.
+
+        data is an f16 or f32 array, lazily evaluated (`evaluate`), where type is BF16, meaning: to be quantized. Otherwise data is in its final
+        type already.
+
+        Raises:
+            ConversionError: damaged files; whatever `handle` raises passes through.
+        """
+        import torch
+
+        writer = self._model.gguf_writer
+
+        def add_tensor(name, tensor, raw_shape=None, raw_dtype=None, tensor_endianess=None):
+            handle(name, tensor, raw_dtype)
+
+        writer.add_tensor = add_tensor
+        try:
+            with torch.inference_mode(), _keep_floats(self._gguf), one_line_errors(str(self.folder)):
+                self._model.prepare_tensors()
+        finally:
+            del writer.add_tensor
+
+    def add_tensor(self, name: str, tensor: Any, raw_shape: tuple[int, ...], raw_dtype: int) -> None:
+        """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile."""
+        self._model.gguf_writer.add_tensor(name, tensor, raw_shape=raw_shape, raw_dtype=raw_dtype)
+
+    def write_file(self, metadata: dict[str, Any], file_type: int, path: Path) -> None:
+        """Metadata, tokenizer and all declared tensors into the output.
+
+        Args:
+            metadata: further keys; str, int, or list of str.
+            file_type: general.file_type.
+        """
+        writer = self._model.gguf_writer
+        with one_line_errors(str(self.folder)):
+            self._model.prepare_metadata(vocab_only=False)
+        writer.add_file_type(file_type)
+        for key, value in metadata.items():
+            if isinstance(value, list):
+                writer.add_array(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_string(key, value)
+        writer.write_header_to_file(path=path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+        writer.close()
+
+
+@contextlib.contextmanager
+def _keep_floats(gguf) -> Iterator[None]:
+    """While the converter classes run, leave data that they would round to BF16 as it is: f16 and f32 checkpoints keep their precision."""
+    original = gguf.quants.quantize
+
+    def quantize(data, qtype):
+        # eager data are the chunks of a LazyChunkedTensor, which are written as they come
+        is_candidate = qtype == gguf.GGMLQuantizationType.BF16 and isinstance(data, gguf.LazyBase)
+        return data if is_candidate else original(data, qtype)
+
+    gguf.quants.quantize = quantize
+    try:
+        yield
+    finally:
+        gguf.quants.quantize = original
+
+
+def evaluate(data: Any) -> np.ndarray:
+    """The array behind the converter's lazy tensors."""
+    gguf = import_gguf()
+    if isinstance(data, gguf.LazyBase):
+        data = gguf.LazyNumpyTensor.to_eager(data)
+    return np.asarray(data)
+
+
+def list_architectures() -> list[str]:
+    """Architectures that llama.cpp's converter knows, as config.json names them."""
+    conversion = _import_conversion()
+    conversion.load_all_models()
+    models = conversion.ModelBase._model_classes[conversion.ModelType.TEXT]
+    return sorted(models)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: MIT
+"""A Hugging Face model into an entropy-coded GGUF, tensor by tensor.
+
+Order of work: the converter classes hand over one tensor after the other; each is encoded on a thread pool and its payload spilled to a temporary file;
+at the end the GGUF is written from the spill. Memory holds the tensors in flight only, whose weights are bounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrollm_gguf import __version__
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.convert.eligibility import reason_to_keep
+from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
+from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
+from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, Recipe, find_recipe
+from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
+from entrollm_gguf.gguf_io.patched import import_gguf
+
+# Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
+MAX_WEIGHTS_IN_FLIGHT = 32_000_000
+
+FORMAT_VERSION = 1
+
+Progress = Callable[[int, int, str], None]  # weights done, weights in all, name of the tensor
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion made."""
+
+    path: Path
+    recipe: str
+    tensors: tuple[TensorRecord, ...]
+    file_bytes: int
+    seconds: float
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(t.n_elements for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the whole file per weight, metadata and tokenizer included."""
+        return self.file_bytes * 8 / self.n_weights
+
+    def coded(self) -> list[TensorRecord]:
+        """The entropy-coded tensors."""
+        return [t for t in self.tensors if t.entropy_bits is not None]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A finished tensor: where its bytes lie in the spill, and in which type."""
+
+    record: TensorRecord
+    ggml_type: int
+    at: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A tensor on its way: a future of (payload, record, ggml type)."""
+
+    future: Future
+    n_weights: int
+
+
+def convert(
+    model_dir: str | Path,
+    out_path: str | Path,
+    *,
+    recipe: str = DEFAULT_RECIPE,
+    threads: int | None = None,
+    tile_cols: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a Hugging Face model folder to an entropy-coded GGUF.
+
+    Args:
+        model_dir: config.json, tokenizer files and safetensors (or pytorch .bin) weights.
+        out_path: the GGUF; appears only when complete.
+        recipe: a name from `RECIPES`.
+        threads: None for all cores.
+        tile_cols: columns of a tile (docs/format.md 7); None for the default.
+        force: replace an existing output.
+        progress: called after each tensor.
+    Raises:
+        ConversionError: damaged or missing input, NaN weights, unwritable output, full disk.
+        UnsupportedModelError: an architecture that llama.cpp's converter does not know.
+        OutputExistsError: the output exists and `force` is not given.
+        RuntimeMissingError: the patched runtime is not installed.
+    """
+    started = time.monotonic()
+    chosen = find_recipe(recipe)
+    out = Path(out_path)
+    if tile_cols is not None and (tile_cols % 32 or not 32 <= tile_cols <= 1024):
+        raise ConversionError(f"tile_cols {tile_cols}: must be a multiple of 32 from 32 to 1024")
+    check_output(out, force)
+    check_weight_files(Path(model_dir))
+    with atomic_output(out, force) as temporary:
+        source = SourceModel(Path(model_dir), temporary)
+        spill = SpillFile(out.parent)
+        try:
+            parts = _encode_all(source, spill, chosen, threads, tile_cols, progress)
+            for part in parts:
+                tensor = StreamedTensor(*_declared(part), part.size, functools.partial(spill.copy_to, at=part.at, size=part.size))
+                source.add_tensor(part.record.name, tensor, part.record.shape, part.ggml_type)
+            records = tuple(part.record for part in parts)
+            gguf = import_gguf()
+            file_type = gguf.LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
+            source.write_file(_metadata(chosen, records), file_type, temporary)
+        finally:
+            spill.close()
+        size = temporary.stat().st_size
+    return ConversionReport(out, chosen.name, records, size, time.monotonic() - started)
+
+
+def check_weight_files(model_dir: Path) -> None:
+    """Every safetensors file is whole: its header agrees with its size.
+
+    Raises:
+        ConversionError: naming the first file that is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(model_dir.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path}: damaged or cut short ({error}); download it again") from error
+
+
+def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype that gguf's writer is told: entropy-coded and quantized data counts as bytes."""
+    gguf = import_gguf()
+    dtypes = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+    dtype = dtypes.get(part.ggml_type, np.uint8)
+    shape = part.record.shape
+    if dtype is np.uint8 and part.record.type_name not in EntropyType.__members__:
+        shape = gguf.quant_shape_to_byte_shape(shape, part.ggml_type)
+    return shape, np.dtype(dtype)
+
+
+def _metadata(recipe: Recipe, records: tuple[TensorRecord, ...]) -> dict[str, Any]:
+    """What the file tells about its making; keys in docs/metadata.md."""
+    return {
+        "entrollm.version": __version__,
+        "entrollm.format_version": FORMAT_VERSION,
+        "entrollm.recipe": recipe.name,
+        "entrollm.quantizer": recipe.quantizer,
+        "entrollm.tensor.names": [r.name for r in records],
+        "entrollm.tensor.schemes": [r.scheme for r in records],
+    }
+
+
+def _encode_all(
+    source: SourceModel,
+    spill: SpillFile,
+    recipe: Recipe,
+    threads: int | None,
+    tile_cols: int | None,
+    progress: Progress | None,
+) -> list[_Part]:
+    """All tensors of the model, encoded and spilled, in the converter's order."""
+    gguf = import_gguf()
+    n_threads = threads or os.cpu_count() or 1
+    total = source.n_elements()
+    parts: list[_Part] = []
+    jobs: deque[_Job] = deque()
+    in_flight = 0
+
+    def finish_one() -> None:
+        nonlocal in_flight
+        job = jobs.popleft()
+        payload, record, ggml_type = job.future.result()
+        in_flight -= job.n_weights
+        at, size = spill.append(memoryview(payload).cast("B"))
+        parts.append(_Part(record, ggml_type, at, size))
+        if progress:
+            progress(sum(p.record.n_elements for p in parts), total, record.name)
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(n_threads) as pool:
+
+        def handle(name: str, data: Any, raw_dtype: int | None) -> None:
+            nonlocal in_flight
+            if isinstance(data, gguf.LazyChunkedTensor):
+                while jobs:
+                    finish_one()
+                parts.append(_write_chunked(name, data, raw_dtype, spill))
+                return
+            n_weights = math.prod(data.shape)
+            while jobs and (in_flight + n_weights > MAX_WEIGHTS_IN_FLIGHT or len(jobs) >= 2 * n_threads):
+                finish_one()
+            # a tensor that is alone gets all threads, one of many gets one
+            inner = n_threads if n_weights > MAX_WEIGHTS_IN_FLIGHT else 1
+            work = functools.partial(_finish_tensor, name, evaluate(data), raw_dtype, recipe, inner, tile_cols, stop)
+            jobs.append(_Job(pool.submit(work), n_weights))
+            in_flight += n_weights
+
+        try:
+            source.each_tensor(handle)
+            while jobs:
+                finish_one()
+        except BaseException:
+            stop.set()  # an interrupt or an error: what is queued returns at once
+            raise
+    return parts
+
+
+def _finish_tensor(
+    name: str,
+    data: Any,
+    raw_dtype: int | None,
+    recipe: Recipe,
+    threads: int,
+    tile_cols: int | None,
+    stop: threading.Event,
+) -> tuple[np.ndarray, TensorRecord, int]:
+    """Final bytes, record and ggml type of one tensor."""
+    if stop.is_set():
+        raise InterruptedError
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    if raw_dtype != types.BF16 or data.dtype == np.uint8:
+        return _as_is(name, data, raw_dtype)
+    reason = reason_to_keep(name, tuple(data.shape))
+    if reason is None:
+        try:
+            payload, record = encode_tensor(name, data, recipe.kind, recipe.quantizer, tile_cols=tile_cols, threads=threads)
+            return payload, record, types[record.type_name]
+        except Unquantizable as error:
+            reason = str(error)
+    return _keep(name, data, reason)
+
+
+def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:
+    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the type upstream chose."""
+    gguf = import_gguf()
+    at, size = spill.append_from(data.tofile, data.nbytes)
+    shape = tuple(gguf.quant_shape_from_byte_shape(data.shape, raw_dtype)) if data.dtype == np.uint8 else tuple(data.shape)
+    type_name = gguf.GGMLQuantizationType(raw_dtype).name
+    return _Part(TensorRecord(name, type_name, shape, size, "kept: read in chunks"), raw_dtype, at, size)
+
+
+def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarray, TensorRecord, int]:
+    """A tensor that upstream wrote in its final type."""
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    ggml_type = raw_dtype if raw_dtype is not None else types[_NAMES_OF_DTYPES[data.dtype]]
+    shape = tuple(data.shape)
+    if data.dtype == np.uint8:
+        shape = tuple(gguf.quant_shape_from_byte_shape(shape, ggml_type))
+    elif data.dtype in (np.float32, np.float16) and not np.isfinite(data).all():
+        # -inf is a legal value of masks and rope factors; NaN never is
+        if np.isnan(data).any():
+            raise ConversionError(f"tensor {name}: a weight is NaN; the checkpoint is damaged or its training diverged")
+    data = np.ascontiguousarray(data)
+    record = TensorRecord(name, types(ggml_type).name, shape, data.nbytes, "as llama.cpp writes it")
+    return data.reshape(-1).view(np.uint8), record, ggml_type
+
+
+_NAMES_OF_DTYPES = {
+    np.dtype(np.float16): "F16",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float64): "F64",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+}
+
+
+def _keep(name: str, data: np.ndarray, reason: str) -> tuple[np.ndarray, TensorRecord, int]:
+    """A matrix that cannot be entropy-coded, in the smallest stock float type that holds it: BF16 if exact, else F16 if in range, else F32."""
+    types = import_gguf().GGMLQuantizationType
+    if not np.isfinite(data).all():
+        raise ConversionError(f"tensor {name}: a weight is NaN or infinite; the checkpoint is damaged or its training diverged")
+    wide = np.ascontiguousarray(data, dtype=np.float32)
+    bits = wide.view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        kept, ggml_type = (bits >> 16).astype(np.uint16), types.BF16
+    elif np.abs(wide).max() <= np.finfo(np.float16).max:
+        kept, ggml_type = wide.astype(np.float16), types.F16
+    else:
+        kept, ggml_type = wide, types.F32
+    record = TensorRecord(name, ggml_type.name, tuple(data.shape), kept.nbytes, f"kept: {reason}")
+    return kept.reshape(-1).view(np.uint8), record, ggml_type

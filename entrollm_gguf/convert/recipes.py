@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""Recipes: a name, a tensor type and a quantizer. They are data; users know them as they know the types of llama-quantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the matrices of a model are quantized and coded. 1-D tensors stay F32 in every recipe."""
+
+    name: str
+    kind: EntropyType
+    quantizer: str  # key of entrollm_gguf.quant.QUANTIZERS
+    summary: str  # one line for --help
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("EQ8-paper", EntropyType.EQ8, "paper", "EntroLLM uint8, published sign rule, one scale per tensor"),
+        Recipe("EQ8-mixed", EntropyType.EQ8, "mixed", "8 bits, symmetric or asymmetric, whichever codes smaller"),
+        Recipe("EQ4-paper", EntropyType.EQ4, "paper", "EntroLLM uint4; small, but the model's quality collapses"),
+        Recipe("EQ4-mixed", EntropyType.EQ4, "mixed", "4 bits, symmetric or asymmetric; quality collapses as well"),
+    )
+}
+
+DEFAULT_RECIPE = "EQ8-mixed"
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; case does not matter.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for recipe in RECIPES.values():
+        if recipe.name.lower() == name.lower():
+            return recipe
+    raise ConversionError(f"{name}: unknown recipe; known are {', '.join(RECIPES)}")

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""Tokens per second of a GGUF, by llama-bench."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from entrollm_gguf.errors import ToolError
+from entrollm_gguf.eval.tools import run_tool
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Mean tokens per second with standard deviations."""
+
+    prompt: float
+    prompt_std: float
+    generation: float
+    generation_std: float
+
+
+def measure_speed(
+    model: str | Path, *, prompt_tokens: int = 256, generated_tokens: int = 64, repetitions: int = 3, threads: int | None = None
+) -> Speed:
+    """Prompt processing and token generation speed.
+
+    Raises:
+        FormatError: the file is missing.
+        ToolError: llama-bench failed.
+    """
+    model = Path(model)
+    arguments = ["-m", model, "-p", str(prompt_tokens), "-n", str(generated_tokens), "-r", str(repetitions), "-o", "json"]
+    if threads:
+        arguments += ["-t", str(threads)]
+    output = run_tool("llama-bench", arguments, model=model)
+    try:
+        tests = json.loads(output.stdout)
+        prompt = next(t for t in tests if t["n_prompt"] > 0 and t["n_gen"] == 0)
+        generation = next(t for t in tests if t["n_gen"] > 0 and t["n_prompt"] == 0)
+        return Speed(prompt["avg_ts"], prompt["stddev_ts"], generation["avg_ts"], generation["stddev_ts"])
+    except (ValueError, KeyError, StopIteration) as error:
+        raise ToolError(f"{model}: llama-bench printed something else than its JSON records") from error

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""`make demo`: a real model through the four recipes, measured beside stock types, then asked a question."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from entrollm_gguf import __version__, runtime
+from entrollm_gguf.convert.pipeline import ConversionReport, convert
+from entrollm_gguf.convert.recipes import RECIPES
+from entrollm_gguf.errors import ToolError
+from entrollm_gguf.eval.bench import Speed, measure_speed
+from entrollm_gguf.eval.chat import Chat
+from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
+from entrollm_gguf.eval.perplexity import PerplexityResult, ReferenceLogits
+from entrollm_gguf.eval.tools import run_tool
+from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.verify import verify_file
+
+QUESTION = "What is the capital of France?"
+CHAT_RECIPE = "EQ8-mixed"
+STOCK_TYPES = ("Q8_0", "Q4_K_M")
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    file: str
+    file_bytes: int
+    bits_per_weight: float  # whole file
+    coded_bits_per_weight: float | None  # coded matrices, container included
+    entropy: float | None  # of their codes
+    perplexity: PerplexityResult
+    speed: Speed
+    seconds: float | None  # conversion, for ours
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """Everything that `results.json` holds."""
+
+    rows: tuple[Row, ...]
+    question: str
+    answer: str
+    environment: dict[str, str]
+    text: str
+    context: int
+    chunks: int
+
+
+def run_demo(
+    out: Path, *, text: Path | None = None, chunks: int = 16, context: int = 512, threads: int | None = None, say: Say = print
+) -> DemoResult:
+    """Fetch, convert, measure, ask; leaves the model files and results.json in `out`.
+
+    Args:
+        out: folder, made if missing. A model folder that an earlier run left there is used again.
+        text: text for perplexity; Python's language reference if None.
+        chunks: chunks of `context` tokens that are scored.
+    Raises:
+        EntroLLMError: see the steps.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        text = out / "text.txt"
+        text.write_text(english_text(), encoding="utf-8")
+    hf = _model_folder(out, say)
+
+    files: dict[str, Path] = {"F16": _stock_f16(hf, out, say)}
+    for stock in STOCK_TYPES:
+        files[stock] = out / f"{stock}.gguf"
+        say(f"quantizing {stock} with llama-quantize")
+        run_tool("llama-quantize", [files["F16"], files[stock], stock], model=files["F16"])
+    reports: dict[str, ConversionReport] = {}
+    for recipe in RECIPES:
+        say(f"converting {recipe}")
+        files[recipe] = out / f"{recipe}.gguf"
+        reports[recipe] = convert(hf, files[recipe], recipe=recipe, threads=threads, force=True)
+        problems = verify_file(files[recipe]).problems
+        if problems:
+            raise ToolError(f"{files[recipe]}: {problems[0]}")
+
+    rows = []
+    say(f"measuring perplexity and KL divergence on {chunks} x {context} tokens of {text.name}, and speed")
+    with ReferenceLogits(files["F16"], text, context=context, chunks=chunks, threads=threads) as reference:
+        for name, path in files.items():
+            result = reference.result if name == "F16" else reference.compare(path)
+            assert result is not None
+            speed = measure_speed(path, threads=threads)
+            rows.append(_row(name, path, result, speed, reports.get(name)))
+            say(f"  {name}: perplexity {result.ppl:.4g}")
+
+    chat = Chat(files[CHAT_RECIPE], threads=threads, temperature=0.0)
+    answer = "".join(chat.ask(QUESTION, max_tokens=64)).strip()
+    chat.close()
+    demo = DemoResult(tuple(rows), QUESTION, answer, environment(), text.name, context, chunks)
+    (out / "results.json").write_text(json.dumps(dataclasses.asdict(demo), indent=2) + "\n")
+    return demo
+
+
+def _model_folder(out: Path, say: Say) -> Path:
+    hf = out / "SmolLM2-135M-Instruct"
+    marker = hf / "tokenizer.json"  # written last
+    if not marker.is_file():
+        say("fetching SmolLM2-135M-Instruct and rebuilding its Hugging Face folder")
+        build_hf_folder(fetch_gguf(runtime.cache_folder() / "models"), hf)
+    return hf
+
+
+def _stock_f16(hf: Path, out: Path, say: Say) -> Path:
+    """The unquantized model by llama.cpp's own script: the reference of the comparison."""
+    path = out / "F16.gguf"
+    say("converting F16 with llama.cpp's converter")
+    script = runtime.conversion_path() / "convert_hf_to_gguf.py"
+    command = [sys.executable, str(script), str(hf), "--outfile", str(path), "--outtype", "f16"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise ToolError(f"{hf}: convert_hf_to_gguf.py failed: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return path
+
+
+def _row(name: str, path: Path, result: PerplexityResult, speed: Speed, report: ConversionReport | None) -> Row:
+    model = open_model(path)
+    n_weights = sum(t.n_elements for t in model.tensors())
+    coded = report.coded() if report else []
+    n_coded = sum(t.n_elements for t in coded)
+    return Row(
+        name=name,
+        file=path.name,
+        file_bytes=model.n_bytes,
+        bits_per_weight=model.n_bytes * 8 / n_weights,
+        coded_bits_per_weight=sum(t.n_bytes for t in coded) * 8 / n_coded if n_coded else None,
+        entropy=sum(t.entropy_bits or 0 for t in coded) / n_coded if n_coded else None,
+        perplexity=result,
+        speed=speed,
+        seconds=report.seconds if report else None,
+    )
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on: processor, system, versions, the runtime's hash, the time."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    import os
+
+    return {
+        "cpu": cpu,
+        "cores": str(os.cpu_count()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "entrollm": __version__,
+        "runtime": runtime.info().hash,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

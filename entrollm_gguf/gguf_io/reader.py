@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""GGUF files seen as tensors with true shapes, entropy-coded ones included; split files are read as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.errors import FormatError
+from entrollm_gguf.gguf_io.patched import import_gguf
+
+if TYPE_CHECKING:
+    import gguf
+
+_SPLIT_NAME = re.compile(r"^(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file."""
+
+    name: str
+    type_name: str  # "EQ8", "F32", "Q8_0", ...
+    shape: tuple[int, ...]  # true shape in numpy order: (n_rows, n_cols), (n_slabs, n_rows, n_cols), ...
+    data: np.ndarray  # memory map; uint8 of shape (n_bytes,) for entropy-coded tensors
+    reader_tensor: gguf.ReaderTensor
+
+    @property
+    def kind(self) -> EntropyType | None:
+        """The entropy-coded type, or None for a stock one."""
+        return EntropyType[self.type_name] if self.type_name in EntropyType.__members__ else None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        return int(self.reader_tensor.n_bytes)
+
+    @property
+    def n_elements(self) -> int:
+        """Number of weights."""
+        return int(self.reader_tensor.n_elements)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An open GGUF, or all parts of a split one; the first part carries the metadata."""
+
+    paths: tuple[Path, ...]
+    readers: tuple[gguf.GGUFReader, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file that was named: the first part of a split file."""
+        return self.paths[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def field(self, key: str):
+        """Value of a metadata key, or None."""
+        field = self.readers[0].get_field(key)
+        return None if field is None else field.contents()
+
+    def tensors(self) -> Iterator[TensorEntry]:
+        """All tensors in file order."""
+        for reader in self.readers:
+            for tensor in reader.tensors:
+                shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
+                yield TensorEntry(tensor.name, tensor.tensor_type.name, shape, tensor.data, tensor)
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open a GGUF file, or the first part of a split one with all the others.
+
+    Raises:
+        FormatError: missing, truncated, not a GGUF, big-endian with entropy-coded tensors, or a part that is missing.
+        RuntimeMissingError: the patched runtime is not installed.
+    """
+    path = Path(path)
+    first = _open_one(path)
+    count = first.get_field("split.count")
+    n_parts = int(count.contents()) if count is not None else 0
+    if n_parts <= 1:
+        return ModelFile((path,), (first,))
+    match = _SPLIT_NAME.match(path.name)
+    if not match or int(match["number"]) != 1 or int(match["count"]) != n_parts:
+        raise FormatError(f"{path}: part of a split file; name the first part (...-00001-of-{n_parts:05}.gguf)")
+    paths = [path.with_name(f"{match['prefix']}-{i:05}-of-{n_parts:05}.gguf") for i in range(1, n_parts + 1)]
+    return ModelFile(tuple(paths), (first, *(_open_one(part) for part in paths[1:])))
+
+
+def _open_one(path: Path) -> gguf.GGUFReader:
+    gguf = import_gguf()
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        reader = gguf.GGUFReader(path, "r")
+    except Exception as error:  # the reader indexes into a memory map: a hostile file can raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FormatError(f"{path}: not a complete GGUF file ({reason}); download or convert it again") from error
+    if reader.endianess == gguf.GGUFEndian.BIG and any(t.tensor_type.name in EntropyType.__members__ for t in reader.tensors):
+        raise FormatError(f"{path}: big-endian files cannot hold entropy-coded tensors; convert the model on this machine")
+    return reader

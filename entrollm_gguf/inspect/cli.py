@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""`entrollm inspect`, `entrollm verify` and `entrollm decode`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from entrollm_gguf.errors import FormatError
+
+
+@contextlib.contextmanager
+def _bytes_bar(disable: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=disable) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+@click.command(epilog="\b\nExamples:\n  entrollm inspect model.gguf\n  entrollm inspect model.gguf --json > model.json\n")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
+def inspect(file: Path, as_json: bool, threads: int | None) -> None:
+    """Show the tensors of a GGUF: type, shape, size, bits per weight, entropy.
+
+    The entropy is that of the coded symbols, in bits per weight: what an ideal memoryless coder would need. FILE may be the first part of
+    a split file.
+    """
+    from entrollm_gguf.inspect.report import inspect_file
+
+    with _bytes_bar(disable=as_json) as progress:
+        report = inspect_file(file, threads=threads, progress=progress)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        return
+    table = Table(box=None, header_style="bold")
+    for heading, justify in (
+        ("tensor", "left"), ("type", "left"), ("shape", "right"), ("bytes", "right"), ("bits/weight", "right"),
+        ("entropy", "right"), ("scheme", "left"), ("decodes to", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for t in report.tensors:
+        shape = " x ".join(map(str, t.shape))
+        table.add_row(
+            t.name, t.type, shape, str(t.n_bytes), _number(t.bits_per_weight), _number(t.entropy), t.scheme or "", t.decodes_to or ""
+        )
+    console = Console()
+    # a pipe has no width of its own: do not fold names
+    console.print(table, soft_wrap=not console.is_terminal)
+    totals = Table(show_header=False, box=None)
+    totals.add_row("file", f"{report.path}, {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.3f} bits per weight in all")
+    if report.recipe:
+        totals.add_row("recipe", report.recipe)
+    if report.coded_bits_per_weight is not None and report.coded_entropy is not None:
+        over = f" (+{(report.coded_bits_per_weight / report.coded_entropy - 1) * 100:.2f} %)" if report.coded_entropy else ""
+        totals.add_row(
+            "coded", f"{report.coded_n_weights} weights, {report.coded_bits_per_weight:.3f} bits each, "
+            f"entropy {report.coded_entropy:.3f}{over}",
+        )  # fmt: skip
+    console.print(totals)
+
+
+@click.command(epilog="\b\nExample:\n  entrollm verify model.gguf\n")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
+def verify(file: Path, threads: int | None) -> None:
+    """Check that a GGUF is whole and that every entropy-coded tensor is intact.
+
+    Checks the file's length, and of each entropy-coded tensor the structure, the hash, and that every row decodes to exactly its codes. Stock
+    tensors carry no checksum. Exit code 0 if all is well.
+    """
+    from entrollm_gguf.inspect.verify import verify_file
+
+    with _bytes_bar() as progress:
+        report = verify_file(file, threads=threads, progress=progress)
+    if report.problems:
+        for problem in report.problems[1:]:
+            click.echo(f"{file}: {problem}", err=True)
+        raise FormatError(f"{file}: {report.problems[0]}; download or convert it again")
+    click.echo(f"{file}: sound, {report.n_coded} of {report.n_tensors} tensors are entropy-coded")
+
+
+@click.command(epilog="\b\nExample:\n  entrollm decode model.gguf model-plain.gguf\n")
+@click.argument("in_file", type=click.Path(path_type=Path))
+@click.argument("out_file", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
+def decode(in_file: Path, out_file: Path, force: bool, threads: int | None) -> None:
+    """Turn an entropy-coded GGUF into a plain one for stock llama.cpp.
+
+    EQ8 becomes Q8_0 (exact) or, where the grid has an offset, F16; EQ4 becomes Q4_0 or Q4_1 (both exact).
+    """
+    from entrollm_gguf.inspect.decode import decode_file
+
+    with _bytes_bar() as progress:
+        report = decode_file(in_file, out_file, force=force, threads=threads, progress=progress)
+    types = ", ".join(f"{n} {name}" for name, n in sorted(report.types.items()))
+    click.echo(f"{report.path}: {report.file_bytes / 1e6:.1f} MB, decoded {types} in {report.seconds:.1f} s")

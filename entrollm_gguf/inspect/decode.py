@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""An entropy-coded file back to a plain GGUF that stock llama.cpp runs: the same integer codes in the stock type that holds them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from entrollm_gguf import codec
+from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.gguf_io.output import StreamedTensor, atomic_output, check_output
+from entrollm_gguf.gguf_io.patched import import_gguf
+from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
+
+Progress = Callable[[int, int, str], None]
+
+# Metadata that describes the coded file, or that the writer sets itself.
+_DROPPED_PREFIXES = ("entrollm.", "split.", "GGUF.")
+_DROPPED_KEYS = {"general.file_type", "general.architecture", "general.alignment"}
+
+_FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16", "Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1"}
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """What a decoding made."""
+
+    path: str
+    file_bytes: int
+    types: dict[str, int]  # stock type -> number of tensors that were decoded to it
+    seconds: float
+
+
+def decode_file(
+    in_path: str | Path,
+    out_path: str | Path,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DecodeReport:
+    """Write the plain GGUF of an entropy-coded one (docs/format.md 6.1). Tensors of stock types are copied.
+
+    Raises:
+        FormatError: an invalid input.
+        ConversionError: input and output are the same file, nothing to decode, a full disk.
+        OutputExistsError: the output exists and `force` is not given.
+        RuntimeMissingError: the patched runtime is not installed.
+    """
+    started = time.monotonic()
+    source, out = Path(in_path), Path(out_path)
+    check_output(out, force)
+    model = open_model(source)
+    if any(out.resolve() == path.resolve() for path in model.paths):
+        raise ConversionError(f"{out}: input and output are the same file")
+    entries = list(model.tensors())
+    plain_types = {e.name: _plain_type(model, e) for e in entries if e.kind is not None}
+    if not plain_types:
+        raise ConversionError(f"{source}: has no entropy-coded tensors; nothing to decode")
+
+    gguf = import_gguf()
+    with atomic_output(out, force) as temporary:
+        writer = gguf.GGUFWriter(temporary, model.field("general.architecture"))
+        _copy_metadata(model, writer)
+        most_common = Counter(plain_types.values()).most_common(1)[0][0]
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most_common]])
+        state = _Written(sum(e.n_bytes for e in entries), progress)
+        for entry in entries:
+            _declare(writer, model, entry, plain_types.get(entry.name), threads, state)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+        writer.close()
+        size = temporary.stat().st_size
+    return DecodeReport(str(out), size, dict(Counter(plain_types.values())), time.monotonic() - started)
+
+
+class _Written:
+    """Progress of the writing, in bytes of the input."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done = 0
+        self._total = total
+        self._progress = progress
+
+    def add(self, entry: TensorEntry) -> None:
+        self.done += entry.n_bytes
+        if self._progress:
+            self._progress(self.done, self._total, entry.name)
+
+
+def _plain_type(model: ModelFile, entry: TensorEntry) -> str:
+    name = f"{model.path}: tensor {entry.name}"
+    return codec.read_header(entry.kind, entry.data, entry.shape, name).plain_type
+
+
+def _copy_metadata(model: ModelFile, writer) -> None:
+    gguf = import_gguf()
+    for field in model.readers[0].fields.values():
+        if field.name.startswith(_DROPPED_PREFIXES) or field.name in _DROPPED_KEYS:
+            continue
+        value_type = field.types[0]
+        sub_type = field.types[-1] if value_type == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), value_type, sub_type=sub_type)
+
+
+def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, threads: int | None, state: _Written) -> None:
+    """Tell the writer shape, type and size; the bytes are made when it writes them, so that one tensor is in memory at a time."""
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    data = entry.data
+    if plain is None:
+
+        def copy(file) -> None:
+            data.tofile(file)
+            state.add(entry)
+
+        tensor = StreamedTensor(data.shape, data.dtype, data.nbytes, copy)
+        writer.add_tensor(entry.name, tensor, raw_dtype=entry.reader_tensor.tensor_type)
+        return
+
+    def decode(file, name: str) -> None:
+        _, rows = codec.decode_plain(entry.kind, data, entry.shape, name, threads)
+        rows.tofile(file)
+        state.add(entry)
+
+    byte_shape = gguf.quant_shape_to_byte_shape(entry.shape, types[plain])
+    n_bytes = functools.reduce(lambda a, b: a * b, byte_shape, 1)
+    write = functools.partial(decode, name=f"{model.path}: tensor {entry.name}")
+    # an F16 tensor is declared by its bytes as well: dtype uint8 makes the writer divide by the type's size
+    writer.add_tensor(entry.name, StreamedTensor(byte_shape, np.dtype(np.uint8), n_bytes, write), raw_dtype=types[plain])

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: MIT
+"""Quantizers: float matrices to integer codes with coarse scales. One file per quantizer; `QUANTIZERS` names them."""
+
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer
+from entrollm_gguf.quant.mixed import quantize_mixed
+from entrollm_gguf.quant.paper import quantize_paper
+
+#: name -> function(weights, kind, threads) -> Quantized
+QUANTIZERS: dict[str, Quantizer] = {
+    "paper": quantize_paper,
+    "mixed": quantize_mixed,
+}
+
+__all__ = ["QUANTIZERS", "NotFiniteError", "Quantized", "QuantizeError", "Quantizer", "quantize_mixed", "quantize_paper"]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""EntroLLM's later wording, "chosen by that layer's weight distribution", made a rule: of the symmetric and the asymmetric grid, the one that
+codes smaller."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from entrollm_gguf.codec import EntropyType, count_symbols, plan_code
+from entrollm_gguf.quant.base import Quantized, value_range
+from entrollm_gguf.quant.uniform import quantize_asymmetric, quantize_symmetric
+
+
+def coded_bits(quantized: Quantized, kind: EntropyType, threads: int | None = None) -> int:
+    """Huffman-coded size of the codes, without padding, tables and index; one code per slab as in the file."""
+    codes = quantized.codes if quantized.codes.ndim == 3 else quantized.codes[None]
+    return sum(plan_code(count_symbols(kind, slab, threads)).n_bits for slab in codes)
+
+
+def quantize_mixed(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
+    """Quantize a tensor with the grid that codes smaller; symmetric on a tie, since it needs no offset.
+
+    Args:
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+        QuantizeError: the range does not fit f16 scales.
+    """
+    low, high = value_range(weights, threads)
+    grids = [grid(weights, kind, low, high, threads) for grid in (quantize_symmetric, quantize_asymmetric)]
+    return min(grids, key=lambda g: coded_bits(g, kind, threads))

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: MIT
+"""The build: assemble the tree, run cmake once, pack wheels, keep them in the cache under the hash of everything that went in.
+
+Cache layout: `sources/` (downloads), `work/<options>/` (tree and objects of the last build with these options, for incremental rebuilds), and
+`runtime/<hash>/` (finished wheels, moved into place as a whole).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from entrollm_gguf.errors import BuildError
+from entrollm_gguf.runtime import install as installer
+from entrollm_gguf.runtime import tree, wheels
+from entrollm_gguf.runtime.fetch import fetch_sdist
+from entrollm_gguf.runtime.locate import RuntimeInfo, info
+from entrollm_gguf.runtime.paths import cache_folder, patches_folder
+from entrollm_gguf.runtime.pin import Pin, read_pin
+
+Say = Callable[[str], None]
+
+_CMAKE_OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",
+    # a wheel holds no links, so libraries have one name each, and find each other beside the programs
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_INSTALL_RPATH": "$ORIGIN;$ORIGIN/../lib",
+    "GGML_RPC": "ON",
+    "LLAMA_BUILD_COMMON": "ON",
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_TESTS": "ON",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    # nothing is downloaded while building
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_CURL": "OFF",
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What may be chosen."""
+
+    cuda: bool = False
+    cuda_arch: str = "native"  # as CMAKE_CUDA_ARCHITECTURES takes it, e.g. "90" or "75;89"
+    sanitize: bool = False  # AddressSanitizer and UBSan; never installed
+
+    def cmake_options(self) -> dict[str, str]:
+        """Cache variables for cmake."""
+        options = dict(_CMAKE_OPTIONS)
+        if self.cuda:
+            options |= {"GGML_CUDA": "ON", "GGML_CUDA_NCCL": "OFF", "CMAKE_CUDA_ARCHITECTURES": self.cuda_arch}
+        if self.sanitize:
+            options |= {
+                "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+                "LLAMA_SANITIZE_ADDRESS": "ON",
+                "LLAMA_SANITIZE_UNDEFINED": "ON",
+                "GGML_OPENMP": "OFF",  # its runtime is not instrumented
+                "LLAMA_BUILD_SERVER": "OFF",
+                "GGML_RPC": "OFF",
+            }
+        return options
+
+    def targets(self) -> list[str]:
+        """cmake targets, less the tests of the overlay."""
+        if self.sanitize:
+            return ["llama"]
+        return ["llama", "mtmd", *wheels.TOOLS.values(), *wheels.TESTS]
+
+
+def build(
+    options: BuildOptions | None = None, *, jobs: int | None = None, force: bool = False, say: Say = lambda line: None
+) -> RuntimeInfo | Path:
+    """Build the patched llama.cpp, unless the cache has it, and install it into this environment.
+
+    Args:
+        jobs: parallel compilations; None for all cores.
+        force: build even if the cache has it.
+        say: told what is going on, a line at a time.
+    Returns:
+        what is installed now; for sanitizer builds, which are not installed, the folder with programs and libraries.
+    Raises:
+        BuildError: a missing tool, a patch that does not apply, a compiler error.
+        FetchError: the source cannot be downloaded.
+    """
+    options = options or BuildOptions()
+    pin, patches = read_pin(), patches_folder()
+    compiler = require_tools(options)
+    digest = runtime_hash(pin, patches, options, compiler)
+    finished = cache_folder() / "runtime" / digest
+    finished.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(say):
+        if force or not (finished / "complete").is_file():
+            shutil.rmtree(finished, ignore_errors=True)
+            _build_into(finished, digest, pin, patches, options, compiler, jobs, say)
+    if options.sanitize:
+        return finished / "bin"
+    if not installer.is_installed(digest[:12]) or force:
+        say("installing llama-cpp-python and gguf")
+        installer.install(sorted(finished.glob("*.whl")))
+    return info()
+
+
+@contextlib.contextmanager
+def _lock(say: Say) -> Iterator[None]:
+    lock = FileLock(cache_folder() / "build.lock")
+    if not _try(lock):
+        say("waiting for another build on this machine")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _try(lock: FileLock) -> bool:
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+def require_tools(options: BuildOptions) -> str:
+    """Check that everything a build needs is there; returns the compiler's version line.
+
+    Raises:
+        BuildError: naming what is missing and how to get it.
+    """
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        raise BuildError("no C++ compiler; install one (apt-get install build-essential)")
+    for name, remedy in (("cmake", "pip install cmake"), ("ninja", "pip install ninja"), ("git", "apt-get install git")):
+        if find_program(name) is None:
+            raise BuildError(f"{name} is missing; {remedy}")
+    if options.cuda and shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
+        raise BuildError("nvcc is missing; install the CUDA toolkit and put its bin folder on PATH, or build without --cuda")
+    result = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
+    return (result.stdout.splitlines() or [compiler])[0]
+
+
+def find_program(name: str) -> str | None:
+    """A program beside this Python (pip installed it) or on PATH."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, compiler: str) -> str:
+    """Hash of everything that goes into a build: pin, overlay, series, options, compiler, processor (the build is native), and this code."""
+    digest = hashlib.sha256()
+
+    def add(label: str, data: bytes) -> None:
+        digest.update(f"{label}\0{len(data)}\0".encode())
+        digest.update(data)
+
+    add("pin", json.dumps(asdict(pin), sort_keys=True).encode())
+    for path in tree.overlay_files(patches):
+        add(f"overlay/{path.as_posix()}", (patches / "overlay" / path).read_bytes())
+    for path in tree.series(patches):
+        add(f"series/{path.name}", path.read_bytes())
+    add("options", json.dumps([options.cmake_options(), options.targets()], sort_keys=True).encode())
+    add("host", f"{compiler}\n{platform.system()} {platform.machine()}\n{_cpu_flags()}".encode())
+    for module in ("build.py", "wheels.py"):
+        add(module, (Path(__file__).parent / module).read_bytes())
+    return digest.hexdigest()
+
+
+def _cpu_flags() -> str:
+    """Instruction sets of the processor, where the system tells: a native build does not run on a lesser one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build_into(
+    finished: Path, digest: str, pin: Pin, patches: Path, options: BuildOptions, compiler: str, jobs: int | None, say: Say
+) -> None:
+    started = time.monotonic()
+    say(f"source: {pin.package} {pin.version}")
+    source = tree.unpacked_source(fetch_sdist(pin), pin)
+    work = cache_folder() / "work" / _options_key(options)
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        staged = Path(scratch) / "tree"
+        tree.assemble(source, patches, staged)
+        say(f"tree: {len(tree.overlay_files(patches))} overlay files, {len(tree.series(patches))} patches")
+        tree.sync(staged, work / "tree")
+    output = _compile(work, options, jobs or os.cpu_count() or 1, say)
+    say("packing")
+    with tempfile.TemporaryDirectory(dir=finished.parent) as scratch:
+        packed = Path(scratch) / "packed"
+        packed.mkdir()
+        if options.sanitize:
+            shutil.copytree(output, packed / "bin", dirs_exist_ok=True)
+        else:
+            programs = sorted({*wheels.TOOLS.values(), *wheels.TESTS, *(p.name for p in _overlay_tests(output))})
+            manifest = {
+                "hash": digest,
+                "version": pin.version,
+                "llama_cpp_commit": pin.llama_cpp_commit,
+                "cuda": options.cuda,
+                "compiler": compiler,
+                "build_seconds": round(time.monotonic() - started, 1),
+                "programs": programs,
+            }
+            wheels.pack_llama_cpp(work / "tree", output, pin, manifest, Path(scratch), packed)
+            wheels.pack_gguf(work / "tree", digest[:12], Path(scratch), packed)
+        (packed / "complete").touch()
+        packed.replace(finished)
+    say(f"built in {time.monotonic() - started:.0f} s")
+
+
+def _options_key(options: BuildOptions) -> str:
+    text = json.dumps(options.cmake_options(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _overlay_tests(output: Path) -> list[Path]:
+    return sorted(path for path in output.glob("test-entropy-*") if path.is_file())
+
+
+def _compile(work: Path, options: BuildOptions, jobs: int, say: Say) -> Path:
+    """Configure and compile; returns the folder with programs and libraries."""
+    build_folder, log = work / "build", work / "build.log"
+    cmake = find_program("cmake")
+    assert cmake is not None  # require_tools
+    ninja = find_program("ninja")
+    definitions = [f"-D{key}={value}" for key, value in options.cmake_options().items()]
+    configure = [cmake, "-S", str(work / "tree" / tree.LLAMA_CPP), "-B", str(build_folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    log.unlink(missing_ok=True)
+    say("configuring")
+    _run([*configure, *definitions], log)
+    available = subprocess.run([cmake, "--build", str(build_folder), "--target", "help"], capture_output=True, text=True).stdout
+    overlay_tests = sorted(set(re.findall(r"^(test-entropy-[\w-]+):", available, re.MULTILINE)))
+    say(f"compiling with {jobs} jobs (log: {log})")
+    _run([cmake, "--build", str(build_folder), "-j", str(jobs), "--target", *options.targets(), *overlay_tests], log)
+    return build_folder / "bin"
+
+
+def _run(command: list[str], log: Path) -> None:
+    with open(log, "ab") as file:
+        result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    if result.returncode != 0:
+        lines = log.read_text(errors="replace").splitlines()
+        reason = next((line for line in lines if re.search(r"\berror\b|Error at", line)), lines[-1] if lines else "no output")
+        raise BuildError(f"{log}: the build failed: {reason.strip()}")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""`entrollm runtime build | info | tree | export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import click
+
+from entrollm_gguf import runtime as api
+from entrollm_gguf.errors import BuildError
+from entrollm_gguf.runtime.build import BuildOptions, require_tools, runtime_hash
+from entrollm_gguf.runtime.paths import patches_folder
+from entrollm_gguf.runtime.pin import read_pin
+
+
+@click.group()
+def runtime() -> None:
+    """Build the patched llama.cpp, and show what is installed."""
+
+
+@runtime.command(epilog="\b\nExamples:\n  entrollm runtime build\n  entrollm runtime build --cuda --cuda-arch 89\n")
+@click.option("--cuda", is_flag=True, help="With the CUDA backend; needs the CUDA toolkit.")
+@click.option("--cuda-arch", default="native", show_default=True, help="CUDA architectures, as CMAKE_CUDA_ARCHITECTURES takes them.")
+@click.option("--jobs", type=click.IntRange(min=1), default=lambda: os.cpu_count(), help="Parallel compilations; all cores by default.")
+@click.option("--force", is_flag=True, help="Build again even if the cache has it.")
+@click.option("--sanitize", is_flag=True, help="For developers: with AddressSanitizer and UBSan; printed, not installed.")
+def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: bool) -> None:
+    """Build the patched llama.cpp and install it into this environment.
+
+    Takes the pinned source of llama-cpp-python (downloaded once), adds the entropy-coded types, builds once, and installs the packages llama_cpp and
+    gguf and llama.cpp's tools. The result is cached: a second call, or another clone of the same state, takes seconds.
+    """
+    options = BuildOptions(cuda=cuda, cuda_arch=cuda_arch, sanitize=sanitize)
+    result = api.build(options, jobs=jobs, force=force, say=lambda line: click.echo(line, err=True))
+    if isinstance(result, Path):
+        click.echo(result)
+    else:
+        click.echo(f"runtime {result.hash[:12]}: llama-cpp-python {result.version}, {len(result.programs)} programs in {result.folder / 'bin'}")
+
+
+@runtime.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """Tell what is installed, and whether it matches the patches of this checkout."""
+    installed = api.info()
+    current = runtime_hash(read_pin(), patches_folder(), BuildOptions(cuda=installed.cuda), require_tools(BuildOptions()))
+    matches = current == installed.hash
+    if as_json:
+        data = {**dataclasses.asdict(installed), "folder": str(installed.folder), "matches_checkout": matches}
+        click.echo(json.dumps(data, indent=2))
+        return
+    click.echo(f"llama-cpp-python {installed.version}, llama.cpp {installed.llama_cpp_commit}")
+    click.echo(f"hash      {installed.hash[:12]} ({'matches' if matches else 'differs from'} this checkout)")
+    click.echo(f"CUDA      {'yes' if installed.cuda else 'no'}")
+    click.echo(f"compiler  {installed.compiler}; built in {installed.build_seconds:.0f} s")
+    click.echo(f"package   {installed.folder}")
+    click.echo(f"programs  {', '.join(installed.programs)}")
+
+
+@runtime.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def tree(folder: Path) -> None:
+    """For developers: write the llama.cpp tree with all patches as a git repository.
+
+    One commit for the pinned source, one for the overlay, one per patch. Edit, commit or rebase, then `entrollm runtime export FOLDER`.
+    """
+    from entrollm_gguf.runtime.develop import make_tree
+
+    make_tree(folder)
+    click.echo(f"{folder}: edit and commit, then `entrollm runtime export {folder}`")
+
+
+@runtime.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def export(folder: Path) -> None:
+    """For developers: write the commits of a tree back as patches, and its overlay files back to the overlay."""
+    from entrollm_gguf.runtime.develop import export_tree
+
+    names = export_tree(folder)
+    if not names:
+        raise BuildError(f"{folder}: has no commits on top of the overlay")
+    click.echo("\n".join(names))
