@@ -11,11 +11,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "convert": "entrollm_gguf.convert.pipeline",
+    "convert_model": "entrollm_gguf.convert.pipeline",
     "decode_file": "entrollm_gguf.inspect.decode",
     "inspect_file": "entrollm_gguf.inspect.report",
     "verify_file": "entrollm_gguf.inspect.verify",
-    "perplexity": "entrollm_gguf.eval.perplexity",
+    "measure_perplexity": "entrollm_gguf.eval.perplexity",
     "measure_speed": "entrollm_gguf.eval.bench",
     "Chat": "entrollm_gguf.eval.chat",
     "build_runtime": "entrollm_gguf.runtime",
@@ -23,7 +23,7 @@ _EXPORTS = {
 }
 _RENAMED = {"build_runtime": "build", "runtime_info": "info"}
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 
@@ -190,7 +191,7 @@ def _ranges(n_groups: int, threads: int) -> list[tuple[int, int]]:
     """Cut row groups into a few ranges per thread, so that uneven rows even out."""
     n = min(n_groups, threads * 4) if threads > 1 else 1
     edges = [n_groups * i // n for i in range(n + 1)]
-    return list(zip(edges[:-1], edges[1:]))
+    return list(itertools.pairwise(edges))
 
 
 def _run(function: Callable[[int, int], int], n_groups: int, threads: int) -> int:
@@ -366,9 +367,7 @@ def encode(
     return Encoded(payload, sum(map(entropy_bits, histograms)), sum(p.n_bits for p in plans), width)
 
 
-def _measure(
-    kind: EntropyType, stack: np.ndarray, plans: list[CodePlan], width: int, n_threads: int
-) -> tuple[list[np.ndarray], int]:
+def _measure(kind: EntropyType, stack: np.ndarray, plans: list[CodePlan], width: int, n_threads: int) -> tuple[list[np.ndarray], int]:
     """Lane lengths of every slab at the widest tile_cols <= width that keeps each within 255 words."""
     lib = _lib()
     n_slabs, n_rows, n_cols = stack.shape
@@ -488,9 +487,7 @@ def verify(kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], name:
     del data
 
 
-def decode(
-    kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], name: str = "tensor", threads: int | None = None
-) -> np.ndarray:
+def decode(kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], name: str = "tensor", threads: int | None = None) -> np.ndarray:
     """The integer codes.
 
     Returns:

@@ -75,7 +75,7 @@ def convert(
             million = 1_000_000
             bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
 
-        report = pipeline.convert(
+        report = pipeline.convert_model(
             model_dir, out_file, recipe=recipe, threads=threads, tile_cols=tile_cols, force=force, progress=on_progress
         )
     if as_json:

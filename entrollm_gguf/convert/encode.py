@@ -66,9 +66,7 @@ def encode_tensor(
         raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
     except QuantizeError as error:
         raise Unquantizable(str(error)) from error
-    encoded = codec.encode(
-        kind, quantized.codes, quantized.scales, quantized.offsets, tile_cols=tile_cols, threads=threads
-    )
+    encoded = codec.encode(kind, quantized.codes, quantized.scales, quantized.offsets, tile_cols=tile_cols, threads=threads)
     decoded = codec.decode(kind, encoded.payload, weights.shape, name, threads)
     if not np.array_equal(decoded, quantized.codes):
         raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")

@@ -3,6 +3,6 @@
 
 from entrollm_gguf.eval.bench import Speed, measure_speed
 from entrollm_gguf.eval.chat import Chat
-from entrollm_gguf.eval.perplexity import PerplexityResult, ReferenceLogits, perplexity
+from entrollm_gguf.eval.perplexity import PerplexityResult, ReferenceLogits, measure_perplexity
 
-__all__ = ["Chat", "PerplexityResult", "ReferenceLogits", "Speed", "measure_speed", "perplexity"]
+__all__ = ["Chat", "PerplexityResult", "ReferenceLogits", "Speed", "measure_perplexity", "measure_speed"]

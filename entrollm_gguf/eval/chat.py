@@ -44,9 +44,7 @@ class Chat:
         except ImportError as error:
             raise RuntimeMissingError("llama-cpp-python is not installed; run `entrollm runtime build`") from error
         try:
-            self._llama = Llama(
-                str(path), n_ctx=context, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed, verbose=verbose
-            )
+            self._llama = Llama(str(path), n_ctx=context, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed, verbose=verbose)
         except ValueError as error:  # what Llama raises for every failure to load
             raise ToolError(f"{path}: llama.cpp cannot load it; `entrollm verify` may tell why, --verbose shows its log") from error
         self._temperature = temperature
@@ -55,9 +53,7 @@ class Chat:
     def ask(self, text: str, max_tokens: int | None = None) -> Iterator[str]:
         """Send a message; yields the answer piece by piece and remembers both."""
         self._messages.append({"role": "user", "content": text})
-        stream = self._llama.create_chat_completion(
-            self._messages, stream=True, max_tokens=max_tokens, temperature=self._temperature
-        )
+        stream = self._llama.create_chat_completion(self._messages, stream=True, max_tokens=max_tokens, temperature=self._temperature)
         answer = []
         try:
             for chunk in stream:

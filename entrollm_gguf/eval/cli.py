@@ -76,7 +76,9 @@ def chat(
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text file.")
-@click.option("--reference", type=click.Path(path_type=Path), help="GGUF of the unquantized model: adds KL divergence and top-token agreement.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="GGUF of the unquantized model: adds KL divergence and top-token agreement."
+)
 @click.option("--ctx", "context", default=512, show_default=True, type=click.IntRange(min=8), help="Tokens per chunk.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Number of chunks; the whole text by default.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; llama.cpp's choice by default.")
@@ -89,9 +91,9 @@ def perplexity(
     With --reference also the mean, median and 99th percentile of the KL divergence from that model (nats per token), and how often both
     prefer the same token.
     """
-    from entrollm_gguf.eval.perplexity import perplexity as measure
+    from entrollm_gguf.eval.perplexity import measure_perplexity
 
-    result = measure(file, text, reference=reference, context=context, chunks=chunks, threads=threads)
+    result = measure_perplexity(file, text, reference=reference, context=context, chunks=chunks, threads=threads)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))
         return

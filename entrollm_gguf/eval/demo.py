@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from entrollm_gguf import __version__, runtime
-from entrollm_gguf.convert.pipeline import ConversionReport, convert
+from entrollm_gguf.convert.pipeline import ConversionReport, convert_model
 from entrollm_gguf.convert.recipes import RECIPES
 from entrollm_gguf.errors import ToolError
 from entrollm_gguf.eval.bench import Speed, measure_speed
@@ -86,7 +86,7 @@ def run_demo(
     for recipe in RECIPES:
         say(f"converting {recipe}")
         files[recipe] = out / f"{recipe}.gguf"
-        reports[recipe] = convert(hf, files[recipe], recipe=recipe, threads=threads, force=True)
+        reports[recipe] = convert_model(hf, files[recipe], recipe=recipe, threads=threads, force=True)
         problems = verify_file(files[recipe]).problems
         if problems:
             raise ToolError(f"{files[recipe]}: {problems[0]}")

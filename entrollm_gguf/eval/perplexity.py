@@ -110,7 +110,7 @@ class ReferenceLogits:
         )  # fmt: skip
 
 
-def perplexity(
+def measure_perplexity(
     model: str | Path,
     text: str | Path,
     *,

@@ -54,7 +54,7 @@ def atomic_output(path: Path, force: bool) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConversionError(f"{path}: no space left on the device; free some or choose another folder") from error
         raise
     finally:
@@ -78,7 +78,7 @@ class SpillFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         self._size = 0
 
     def append(self, data: memoryview) -> tuple[int, int]:

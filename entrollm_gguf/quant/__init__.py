@@ -11,4 +11,4 @@ QUANTIZERS: dict[str, Quantizer] = {
     "mixed": quantize_mixed,
 }
 
-__all__ = ["QUANTIZERS", "NotFiniteError", "Quantized", "QuantizeError", "Quantizer", "quantize_mixed", "quantize_paper"]
+__all__ = ["QUANTIZERS", "NotFiniteError", "QuantizeError", "Quantized", "Quantizer", "quantize_mixed", "quantize_paper"]

@@ -52,7 +52,8 @@ def f16_not_below(x: float) -> np.float16:
     Raises:
         QuantizeError: x exceeds the largest f16.
     """
-    value = np.float16(x)
+    with np.errstate(over="ignore"):
+        value = np.float16(x)
     if np.float64(value) < x:
         value = np.nextafter(value, np.float16(np.inf))
     if not np.isfinite(value):
@@ -66,7 +67,8 @@ def f16_not_above(x: float) -> np.float16:
     Raises:
         QuantizeError: x is below the smallest f16.
     """
-    value = np.float16(x)
+    with np.errstate(over="ignore"):
+        value = np.float16(x)
     if np.float64(value) > x:
         value = np.nextafter(value, np.float16(-np.inf))
     if not np.isfinite(value):

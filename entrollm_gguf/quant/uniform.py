@@ -50,9 +50,7 @@ def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high
     return Quantized(codes, _one(scale, np.float16), _one(offset, np.float32), "asymmetric")
 
 
-def quantize_symmetric_unsigned(
-    weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None
-) -> Quantized:
+def quantize_symmetric_unsigned(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
     """`W_int = round(W * s)` with 1/s = max / (2^b - 1), for weights of one sign; all-negative weights take a negative scale.
 
     Raises:

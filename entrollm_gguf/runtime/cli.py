@@ -12,7 +12,7 @@ import click
 
 from entrollm_gguf import runtime as api
 from entrollm_gguf.errors import BuildError
-from entrollm_gguf.runtime.build import BuildOptions, require_tools, runtime_hash
+from entrollm_gguf.runtime.builder import BuildOptions, require_tools, runtime_hash
 from entrollm_gguf.runtime.paths import patches_folder
 from entrollm_gguf.runtime.pin import read_pin
 
@@ -39,7 +39,9 @@ def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: bool) ->
     if isinstance(result, Path):
         click.echo(result)
     else:
-        click.echo(f"runtime {result.hash[:12]}: llama-cpp-python {result.version}, {len(result.programs)} programs in {result.folder / 'bin'}")
+        click.echo(
+            f"runtime {result.hash[:12]}: llama-cpp-python {result.version}, {len(result.programs)} programs in {result.folder / 'bin'}"
+        )
 
 
 @runtime.command()

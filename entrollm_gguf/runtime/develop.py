@@ -15,7 +15,14 @@ from entrollm_gguf.runtime.fetch import fetch_sdist
 from entrollm_gguf.runtime.paths import patches_folder
 from entrollm_gguf.runtime.pin import read_pin
 
-_AUTHOR = ("-c", "user.name=EntroLLM-GGUF contributors", "-c", "user.email=contributors@entrollm-gguf.invalid", "-c", "commit.gpgsign=false")
+_AUTHOR = (
+    "-c",
+    "user.name=EntroLLM-GGUF contributors",
+    "-c",
+    "user.email=contributors@entrollm-gguf.invalid",
+    "-c",
+    "commit.gpgsign=false",
+)
 _OVERLAY_TAG = "entrollm-overlay"
 
 

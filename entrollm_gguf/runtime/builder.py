@@ -181,7 +181,7 @@ def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, compiler: str) 
         add(f"series/{path.name}", path.read_bytes())
     add("options", json.dumps([options.cmake_options(), options.targets()], sort_keys=True).encode())
     add("host", f"{compiler}\n{platform.system()} {platform.machine()}\n{_cpu_flags()}".encode())
-    for module in ("build.py", "wheels.py"):
+    for module in ("builder.py", "wheels.py"):
         add(module, (Path(__file__).parent / module).read_bytes())
     return digest.hexdigest()
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""The commands as a user meets them: help, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from entrollm_gguf.cli import _COMMANDS, main
+
+
+def test_help_of_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in _COMMANDS:
+        assert name in text
+        assert main([name, "--help"]) == 0
+        page = capsys.readouterr().out
+        assert page.startswith("Usage: entrollm") and len(page.splitlines()) > 5
+    for sub in ("build", "info", "tree", "export"):
+        assert main(["runtime", sub, "--help"]) == 0
+
+
+def test_top_level_help_imports_nothing_heavy():
+    code = "import sys; from entrollm_gguf.cli import main; main(['--help']); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.monotonic() - started < 20
+
+
+def test_wrong_usage():
+    assert main(["no-such-command"]) == 2
+    assert main(["convert", "only-one-argument"]) == 2
+    assert main(["convert", "a", "b", "--threads", "0"]) == 2
+
+
+def test_inspect(converted, capsys):
+    path = converted("qwen2_moe", "EQ8-mixed")
+    assert main(["inspect", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["recipe"] == "EQ8-mixed" and report["n_bytes"] == path.stat().st_size
+    coded = [t for t in report["tensors"] if t["type"] == "EQ8"]
+    assert sum(t["n_bytes"] for t in coded) * 8 / report["coded_n_weights"] == pytest.approx(report["coded_bits_per_weight"])
+    for tensor in coded:
+        assert 0 < tensor["entropy"] < tensor["bits_per_weight"]
+        assert tensor["decodes_to"] in ("Q8_0", "F16") and tensor["scheme"] in ("symmetric", "asymmetric", "symmetric-unsigned")
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "blk.0.ffn_gate_exps.weight" in text and "entropy" in text
+
+
+def test_verify_and_decode(converted, tmp_path, capsys):
+    path = converted("mistral", "EQ4-mixed")
+    assert main(["verify", str(path)]) == 0
+    assert "sound" in capsys.readouterr().out
+    plain = tmp_path / "plain.gguf"
+    assert main(["decode", str(path), str(plain)]) == 0
+    assert "decoded" in capsys.readouterr().out
+    assert main(["decode", str(path), str(plain)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["decode", str(path), str(path), "--force"]) == 1
+    assert "same file" in capsys.readouterr().err
+    assert main(["decode", str(plain), str(tmp_path / "again.gguf")]) == 1
+    assert "nothing to decode" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain.gguf"]
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(path.read_bytes()[:-1])
+    assert main(["verify", str(cut)]) == 1
+    assert "cut.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "chat"])
+def test_missing_and_foreign_files(command, tmp_path, capsys):
+    more = ["--prompt", "hi"] if command == "chat" else []
+    assert main([command, str(tmp_path / "none.gguf"), *more]) == 1
+    assert "none.gguf: no such file" in capsys.readouterr().err
+    foreign = tmp_path / "foreign.gguf"
+    foreign.write_bytes(b"not a model" * 100)
+    assert main([command, str(foreign), *more]) == 1
+    assert "foreign.gguf" in capsys.readouterr().err
+
+
+def test_perplexity(converted, text_file, tmp_path, capsys):
+    path = converted("llama", "EQ8-mixed")
+    arguments = ["perplexity", str(path), "--text", str(text_file), "--ctx", "128", "--chunks", "4"]
+    assert main([*arguments, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["ppl"] > 1 and alone["kld_mean"] is None
+    assert main([*arguments, "--reference", str(converted("llama", "EQ4-mixed")), "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["ppl"] == pytest.approx(alone["ppl"], rel=1e-3)
+    assert compared["kld_mean"] > 0 and 0 <= compared["same_top_percent"] < 100
+    assert main([*arguments]) == 0
+    assert capsys.readouterr().out.startswith("perplexity")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    assert main(["perplexity", str(path), "--text", str(short)]) == 1
+    assert "entrollm: error:" in capsys.readouterr().err
+    assert main(["perplexity", str(path), "--text", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_chat_one_question(converted, capsys):
+    assert main(["chat", str(converted("llama", "EQ8-mixed")), "--prompt", "hello", "--max-tokens", "4"]) == 0
+
+
+def test_runtime_info(capsys):
+    assert main(["runtime", "info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["matches_checkout"] is True
+    assert "llama-server" in report["programs"] and "test-backend-ops" in report["programs"]
+    for tool in ("llama-completion", "llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-quantize", "llama-imatrix"):
+        assert tool in report["programs"]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures that several tests share: SmolLM2 from its package, and tiny random models of many architectures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference`, `models` and the like by name
+
+from models import TinyModel, build_tiny_model
+
+from entrollm_gguf import runtime
+from entrollm_gguf.convert.pipeline import convert_model
+from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fixed seed."""
+    return np.random.default_rng(20250502)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """English text for perplexity."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(english_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, kept in the cache between runs (transformers needs a minute to make it)."""
+    folder = runtime.cache_folder() / "models" / "SmolLM2-135M-Instruct-hf-1"
+    if not (folder / "tokenizer.json").is_file():
+        scratch = tmp_path_factory.mktemp("smollm2")
+        build_hf_folder(fetch_gguf(runtime.cache_folder() / "models"), folder.with_name(scratch.name + ".part"))
+        folder.with_name(scratch.name + ".part").replace(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, smollm2_hf):
+    """Function: architecture name -> TinyModel with its Hugging Face folder. Each is built once."""
+    built: dict[str, TinyModel] = {}
+
+    def get(name: str) -> TinyModel:
+        if name not in built:
+            built[name] = build_tiny_model(name, tmp_path_factory.mktemp(name), smollm2_hf)
+        return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, tiny_model):
+    """Function: (architecture, recipe) -> converted GGUF. Each is made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(name: str, recipe: str) -> Path:
+        if (name, recipe) not in made:
+            out = tmp_path_factory.mktemp("gguf") / f"{name}-{recipe}.gguf"
+            convert_model(tiny_model(name).folder, out, recipe=recipe)
+            made[name, recipe] = out
+        return made[name, recipe]
+
+    return get

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Entropy-coded tensors in GGUF: both readers and writers, dump, split and merge, stock tools, damaged files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from running import logits
+
+from entrollm_gguf import codec, runtime
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.errors import FormatError, ToolError
+from entrollm_gguf.eval.chat import Chat
+from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.verify import verify_file
+
+
+def write_gguf(path, n_experts: int = 3, tail: bool = False, alignment: int | None = None):
+    """A file with an F32, a 2-D EQ8, a 3-D EQ4 and, as last tensor or not, another F32 one. Returns the codes."""
+    import gguf
+
+    rng = np.random.default_rng(3)
+    writer = gguf.GGUFWriter(path, "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_tensor("norm", np.arange(5, dtype=np.float32))
+    flat = rng.integers(-20, 20, (33, 64)).astype(np.int8)
+    experts = rng.integers(-8, 8, (n_experts, 40, 96)).astype(np.int8)
+    for name, kind, q in (("flat", EntropyType.EQ8, flat), ("experts", EntropyType.EQ4, experts)):
+        payload = codec.encode(kind, q, np.float16([0.5])).payload
+        writer.add_tensor(name, payload, raw_shape=q.shape, raw_dtype=gguf.GGMLQuantizationType[kind.name])
+    if tail:
+        writer.add_tensor("tail", np.arange(7, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return flat, experts
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("alignment", [None, 32, 256])
+def test_gguf_py_round_trip(tmp_path, tail, alignment):
+    path = tmp_path / "a.gguf"
+    flat, experts = write_gguf(path, tail=tail, alignment=alignment)
+    tensors = {t.name: t for t in open_model(path).tensors()}
+    assert tensors["flat"].shape == (33, 64) and tensors["experts"].shape == (3, 40, 96)
+    for name, q in (("flat", flat), ("experts", experts)):
+        entry = tensors[name]
+        assert np.array_equal(codec.decode(entry.kind, entry.data, entry.shape), q)
+        assert entry.n_bytes == entry.data.size
+    assert verify_file(path).problems == ()
+
+
+def test_gguf_dump(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path)
+    command = [sys.executable, "-m", "gguf.scripts.gguf_dump", "--json", str(path)]
+    tensors = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["tensors"]
+    assert tensors["flat"]["type"] == "EQ8" and tensors["flat"]["shape"] == [64, 33]
+    assert tensors["experts"]["type"] == "EQ4" and tensors["experts"]["shape"] == [96, 40, 3]
+    text = subprocess.run([sys.executable, "-m", "gguf.scripts.gguf_dump", str(path)], capture_output=True, text=True, check=True).stdout
+    assert "EQ8" in text
+
+
+def test_split_and_merge_keep_payloads(converted, tmp_path):
+    source = converted("qwen2_moe", "EQ8-mixed")
+    split = runtime.tool("llama-gguf-split")
+    subprocess.run([split, "--split", "--split-max-tensors", "9", source, tmp_path / "part"], check=True, capture_output=True)
+    parts = sorted(tmp_path.glob("part-*.gguf"))
+    assert len(parts) > 2
+    subprocess.run([split, "--merge", parts[0], tmp_path / "merged.gguf"], check=True, capture_output=True)
+    original = {t.name: bytes(t.data) for t in open_model(source).tensors()}
+    assert {t.name: bytes(t.data) for t in open_model(tmp_path / "merged.gguf").tensors()} == original
+    assert {t.name: bytes(t.data) for t in open_model(parts[0]).tensors()} == original  # the parts read as one
+    assert verify_file(parts[0]).problems == ()
+    expected = logits(source)
+    assert np.array_equal(logits(parts[0]), expected)
+    assert np.array_equal(logits(tmp_path / "merged.gguf"), expected)
+    with pytest.raises(FormatError, match="first part"):
+        open_model(parts[1])
+
+
+def test_every_cut_is_reported(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, tail=True)
+    whole = path.read_bytes()
+    lengths = {*range(0, 600), *range(600, len(whole), 97), *range(len(whole) - 60, len(whole))}
+    for n in sorted(lengths):
+        path.write_bytes(whole[:n])
+        try:
+            problems = verify_file(path).problems
+        except FormatError as error:
+            problems = (str(error),)
+        assert problems, n
+        assert all("\n" not in p for p in problems)
+    path.write_bytes(whole + b"\0")
+    assert "too many" in verify_file(path).problems[0]
+
+
+def test_every_flipped_payload_byte_is_reported(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, n_experts=2)
+    whole = path.read_bytes()
+    for entry in [t for t in open_model(path).tensors() if t.kind]:
+        start = int(entry.reader_tensor.data_offset)
+        for i in range(start, start + entry.n_bytes, 7):
+            path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :])
+            try:
+                problems = verify_file(path).problems
+            except FormatError as error:
+                problems = (str(error),)
+            assert problems, (entry.name, i - start)
+
+
+def test_loading_a_damaged_file_is_refused(converted, tmp_path):
+    source = converted("mistral", "EQ8-mixed")
+    data = bytearray(source.read_bytes())
+    entry = next(t for t in open_model(source).tensors() if t.kind)
+    data[int(entry.reader_tensor.data_offset) + 256] = 77  # t of table entry 0
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(data)
+    with pytest.raises(ToolError, match=r"damaged\.gguf"):
+        Chat(damaged)
+    bench = subprocess.run([runtime.tool("llama-bench"), "-m", damaged, "-p", "8", "-n", "0"], capture_output=True, text=True)
+    assert bench.returncode != 0
+    completion = subprocess.run(
+        [runtime.tool("llama-completion"), "-m", damaged, "-p", "a", "-n", "1", "-no-cnv"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert completion.returncode != 0
+    assert "invalid decode table" in completion.stderr and entry.name in completion.stderr
+
+
+def test_modes(converted):
+    path = converted("mistral", "EQ8-mixed")
+    command = [runtime.tool("llama-completion"), "-m", path, "-p", "a", "-n", "1", "-no-cnv", "--no-warmup"]
+
+    def run(mode: str | None, *more: str):
+        import os
+
+        environment = {k: v for k, v in os.environ.items() if k != "GGML_ENTROPY_MODE"}
+        if mode:
+            environment["GGML_ENTROPY_MODE"] = mode
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    assert run(None).returncode == 0
+    assert run("load").returncode == 0
+    for mode in ("nonsense", "fused"):
+        refused = run(mode)
+        assert refused.returncode != 0 and mode in refused.stderr
+    assert run("nonsense", "--override-kv", "entropy.mode=str:load").returncode == 0
+    assert run(None, "--override-kv", "entropy.mode=str:nonsense").returncode != 0
+
+
+def test_llama_quantize_refuses(converted, tmp_path):
+    out = tmp_path / "q.gguf"
+    result = subprocess.run(
+        [runtime.tool("llama-quantize"), converted("mistral", "EQ8-mixed"), out, "Q8_0"], capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "entrollm decode" in result.stderr + result.stdout

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Tiny random models of many architectures, made from transformers' own configurations.
+
+Widths are multiples of 32 but mostly not of 256, row counts mostly not of 32. Tokenizers: a SentencePiece model trained on the spot, or SmolLM2's byte-level BPE, which
+llama.cpp's converter recognises.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from entrollm_gguf.eval.demo_model import english_text
+
+_SPM_VOCABULARY = 500
+_COMMON = {"num_hidden_layers": 2, "max_position_embeddings": 256, "hidden_act": "silu"}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model folder and what is special about it."""
+
+    name: str
+    folder: Path
+
+
+def _spm_special() -> dict[str, int]:
+    return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+# name -> (config class, model class, tokenizer, arguments)
+_SPECS: dict[str, tuple[str, str, str, dict]] = {
+    # width 576 = 2 x 256 + 64; 3 key-value heads; 1000 rows in the feed-forward, no multiple of 32
+    "llama": (
+        "LlamaConfig", "LlamaForCausalLM", "spm",
+        {"hidden_size": 576, "intermediate_size": 1024 + 32, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
+    "mistral": (
+        "MistralConfig", "MistralForCausalLM", "spm",
+        {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+    ),
+    # fused qkv and gate/up
+    "phi3": (
+        "Phi3Config", "Phi3ForCausalLM", "spm",
+        {"hidden_size": 128, "intermediate_size": 288, "num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": 64,
+         "original_max_position_embeddings": 256},
+    ),
+    # biases on q, k, v
+    "qwen2": (
+        "Qwen2Config", "Qwen2ForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    ),
+    # 3-D expert tensors, a shared expert
+    "qwen2_moe": (
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 160, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
+    # tied embedding, norms around everything, head_dim apart from the width
+    "gemma3": (
+        "Gemma3TextConfig", "Gemma3ForCausalLM", "spm",
+        {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+         "sliding_window": 64, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32},
+    ),
+}  # fmt: skip
+
+ARCHITECTURES = tuple(_SPECS)
+
+
+def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bfloat16", seed: int = 7) -> TinyModel:
+    """Write a Hugging Face folder with random weights.
+
+    Args:
+        bpe_source: folder with SmolLM2's tokenizer.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    config_name, class_name, tokenizer, arguments = _SPECS[name]
+    arguments = {**_COMMON, **arguments}
+    if tokenizer == "spm":
+        arguments |= {"vocab_size": _SPM_VOCABULARY, **_spm_special()}
+    else:
+        arguments |= {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = getattr(transformers, config_name)(**arguments)
+    torch.manual_seed(seed)
+    model = getattr(transformers, class_name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                # heavier tails than a fresh initialisation: as in trained models, the largest weight is many times the typical one
+                parameter.copy_(torch.distributions.StudentT(4.0).sample(parameter.shape) * 0.6 / parameter.shape[-1] ** 0.5)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if tokenizer == "spm":
+        _write_spm(folder)
+    else:
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copy(bpe_source / file, folder / file)
+    return TinyModel(name, folder)
+
+
+def _write_spm(folder: Path) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(english_text().splitlines()[:4000]),
+        model_writer=model,
+        vocab_size=_SPM_VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **tokens}))

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""Quantizers: the published rules, literal values, bounds on the error, exactness of what is stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from entrollm_gguf import codec
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.quant import QUANTIZERS, NotFiniteError, QuantizeError, quantize_mixed, quantize_paper
+from entrollm_gguf.quant.mixed import coded_bits
+from entrollm_gguf.quant.uniform import quantize_asymmetric, quantize_symmetric
+
+EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4
+
+
+def dequantize(q) -> np.ndarray:
+    offset = 0.0 if q.offsets is None else q.offsets[0, 0].astype(np.float64)
+    return q.codes * q.scales[0, 0].astype(np.float64) + offset
+
+
+def test_asymmetric_literal():
+    w = np.zeros((1, 32), np.float32)
+    w[0, :4] = [-1.0, 0.0, 1.0, 2.0]
+    q = quantize_paper(w, EQ4)
+    # 1/s = (2 - -1) / 15 = 0.2, as f16 not below: 0.2000732; z = -1
+    assert q.scheme == "asymmetric"
+    assert q.scales[0, 0] == np.float16(0.2000732421875)
+    assert q.codes[0, :5].tolist() == [0 - 8, 5 - 8, 10 - 8, 15 - 8, 5 - 8]
+    assert q.offsets[0, 0] == np.float32(-1.0 + 8 * 0.2000732421875)
+
+
+def test_sign_rule():
+    rng = np.random.default_rng(0)
+    positive = rng.uniform(0.1, 1.0, (4, 32)).astype(np.float32)
+    for w, scheme in ((positive, "symmetric-unsigned"), (-positive, "symmetric-unsigned"), (positive - 0.5, "asymmetric")):
+        assert quantize_paper(w, EQ8).scheme == scheme
+
+
+@pytest.mark.parametrize("kind", [EQ8, EQ4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_symmetric_unsigned_literal(kind, sign):
+    levels = 255 if kind is EQ8 else 15
+    w = np.zeros((1, 32), np.float32)
+    w[0, :3] = sign * np.float32([levels, 1, 2]) * np.float32(0.125)
+    q = quantize_paper(w, kind)
+    half = (levels + 1) // 2
+    assert q.scales[0, 0] == np.float16(sign * 0.125)
+    assert q.codes[0, :4].tolist() == [levels - half, 1 - half, 2 - half, -half]
+    assert np.array_equal(dequantize(q), w)
+
+
+@pytest.mark.parametrize("kind", [EQ8, EQ4])
+def test_mixed_takes_the_smaller(rng, kind):
+    for shift in (0.0, 0.3):
+        w = (rng.standard_t(5, (64, 256)) * 0.05 + shift).astype(np.float32)
+        low, high = float(w.min()), float(w.max())
+        sizes = {g(w, kind, low, high).scheme: coded_bits(g(w, kind, low, high), kind) for g in (quantize_symmetric, quantize_asymmetric)}
+        chosen = quantize_mixed(w, kind)
+        assert coded_bits(chosen, kind) == min(sizes.values())
+        assert chosen.scheme == min(sizes, key=sizes.get)
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from([EQ8, EQ4]),
+    w=arrays(np.float32, (3, 32), elements=st.floats(-1000, 1000, width=32)),
+)
+def test_error_is_at_most_half_a_step_and_the_file_holds_it(name, kind, w):
+    try:
+        q = QUANTIZERS[name](w, kind, 1)
+    except QuantizeError:  # a range thousands of times smaller than the distance from zero
+        assert np.ptp(w) * 1000 < np.abs(w).max()
+        return
+    step = abs(float(q.scales[0, 0]))
+    # f32 arithmetic of offset and quotient adds a little to half a step
+    slack = 1e-5 * (np.abs(w).max() + step)
+    assert np.abs(dequantize(q) - w).max() <= 0.5 * step + slack
+    payload = codec.encode(kind, q.codes, q.scales, q.offsets).payload
+    codec.verify(kind, payload, w.shape)
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+@pytest.mark.parametrize("kind", [EQ8, EQ4])
+@pytest.mark.parametrize("value", [0.0, 0.75, -2.5])
+def test_constant_tensors(name, kind, value):
+    w = np.full((33, 64), value, np.float32)
+    q = QUANTIZERS[name](w, kind, 1)
+    assert np.allclose(dequantize(q), w, rtol=1e-3)
+    codec.verify(kind, codec.encode(kind, q.codes, q.scales, q.offsets).payload, w.shape)
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(name, bad):
+    w = np.zeros((300, 4096), np.float32)
+    w[-1, -1] = bad
+    with pytest.raises(NotFiniteError):
+        QUANTIZERS[name](w, EQ8, 2)
+
+
+def test_too_large_for_f16():
+    with pytest.raises(QuantizeError, match="too large"):
+        quantize_paper(np.float32([[-3e38, 3e38] * 16]), EQ8)
+
+
+def test_f16_input_and_threads(rng):
+    w = rng.normal(0, 0.02, (700, 1024)).astype(np.float16)
+    one, many = quantize_paper(w, EQ8, 1), quantize_paper(w.astype(np.float32), EQ8, 4)
+    assert np.array_equal(one.codes, many.codes) and one.scales == many.scales

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""The parts of a runtime build, on small fake sources: nothing is compiled here."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from entrollm_gguf.errors import BuildError, FetchError, RuntimeMissingError
+from entrollm_gguf.runtime import builder, fetch, locate, paths, tree
+from entrollm_gguf.runtime.builder import BuildOptions, runtime_hash
+from entrollm_gguf.runtime.pin import Pin, read_pin
+
+PIN = Pin("some-package", "1.0", "0" * 64, "abc")
+
+
+@pytest.fixture
+def patches(tmp_path) -> Path:
+    """A patches folder with one overlay file and one patch."""
+    folder = tmp_path / "patches"
+    (folder / "overlay" / "src").mkdir(parents=True)
+    (folder / "series").mkdir()
+    (folder / "overlay" / "src" / "new.c").write_text("int new;\n")
+    (folder / "series" / "0010-change.patch").write_text("--- a/src/old.c\n+++ b/src/old.c\n@@ -1 +1 @@\n-int old;\n+int changed;\n")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """An unpacked pristine source."""
+    folder = tmp_path / "source"
+    (folder / tree.LLAMA_CPP / "src").mkdir(parents=True)
+    (folder / tree.LLAMA_CPP / "src" / "old.c").write_text("int old;\n")
+    (folder / tree.LLAMA_CPP / "src" / "other.c").write_text("int other;\n")
+    return folder
+
+
+def digest(patches: Path, options: BuildOptions | None = None, pin: Pin = PIN, compiler: str = "gcc 12") -> str:
+    return runtime_hash(pin, patches, options or BuildOptions(), compiler)
+
+
+def test_everything_that_goes_in_changes_the_hash(patches):
+    seen = {digest(patches)}
+    assert digest(patches) in seen
+    seen.add(digest(patches, BuildOptions(cuda=True)))
+    seen.add(digest(patches, BuildOptions(cuda=True, cuda_arch="90")))
+    seen.add(digest(patches, BuildOptions(sanitize=True)))
+    seen.add(digest(patches, compiler="gcc 13"))
+    seen.add(digest(patches, pin=Pin("some-package", "1.1", "0" * 64, "abc")))
+    (patches / "overlay" / "src" / "new.c").write_text("int newer;\n")
+    seen.add(digest(patches))
+    (patches / "series" / "0010-change.patch").write_text("")
+    seen.add(digest(patches))
+    (patches / "series" / "0020-more.patch").write_text("")
+    seen.add(digest(patches))
+    assert len(seen) == 9
+
+
+def test_assemble(patches, source, tmp_path):
+    target = tmp_path / "tree"
+    tree.assemble(source, patches, target)
+    src = target / tree.LLAMA_CPP / "src"
+    assert src.joinpath("old.c").read_text() == "int changed;\n"
+    assert src.joinpath("new.c").read_text() == "int new;\n"
+    # the pristine source, whose files are linked, is untouched
+    assert (source / tree.LLAMA_CPP / "src" / "old.c").read_text() == "int old;\n"
+
+
+def test_assemble_inside_another_repository(patches, source, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    tree.assemble(source, patches, tmp_path / "tree")
+    assert (tmp_path / "tree" / tree.LLAMA_CPP / "src" / "old.c").read_text() == "int changed;\n"
+
+
+def test_a_patch_that_does_not_apply_is_named(patches, source, tmp_path):
+    (patches / "series" / "0020-bad.patch").write_text("--- a/src/old.c\n+++ b/src/old.c\n@@ -1 +1 @@\n-int unknown;\n+int x;\n")
+    with pytest.raises(BuildError, match=r"0020-bad\.patch: does not apply"):
+        tree.assemble(source, patches, tmp_path / "tree")
+
+
+def test_sync_touches_only_what_changed(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, other in ((old, "1"), (new, "2")):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "same").write_text("same")
+        (folder / "sub" / "other").write_text(other)
+    (old / "gone").mkdir()
+    (old / "gone" / "file").write_text("x")
+    (new / "added").write_text("y")
+    os.utime(old / "sub" / "same", (1, 1))
+    tree.sync(new, old)
+    assert (old / "sub" / "same").stat().st_mtime == 1
+    assert (old / "sub" / "other").read_text() == "2"
+    assert (old / "added").is_file() and not (old / "gone").exists()
+
+
+def archive_with(path: Path, *names: str) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"x"))
+    return path
+
+
+def test_unpack(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "sources").mkdir(parents=True)
+    sdist = archive_with(
+        tmp_path / "a.tar.gz", "p-1/vendor/llama.cpp/a.c", "p-1/vendor/llama.cpp/.git", "p-1/vendor/llama.cpp/models/m", "p-1/junk"
+    )
+    unpacked = tree.unpacked_source(sdist, PIN)
+    assert sorted(p.name for p in unpacked.rglob("*") if p.is_file()) == ["a.c"]
+
+
+def test_a_hostile_archive_stays_inside(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "sources").mkdir(parents=True)
+    sdist = archive_with(tmp_path / "a.tar.gz", "p-1/vendor/llama.cpp/../../../../../escaped")
+    with pytest.raises(BuildError, match="cannot be unpacked"):
+        tree.unpacked_source(sdist, PIN)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "some_package-1.0.tar.gz"
+    path.write_bytes(b"not it")
+    monkeypatch.setenv("ENTROLLM_SDIST", str(path))
+    with pytest.raises(FetchError, match="sha256"):
+        fetch.fetch_sdist(PIN)
+    monkeypatch.setenv("ENTROLLM_SDIST", str(tmp_path / "none"))
+    with pytest.raises(FetchError, match="no such file"):
+        fetch.fetch_sdist(PIN)
+
+
+def test_no_network_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.delenv("ENTROLLM_SDIST", raising=False)
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(FetchError, match="ENTROLLM_SDIST") as caught:
+        fetch.fetch_sdist(PIN)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_compiler_is_one_line_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="install"):
+        builder.require_tools(BuildOptions())
+
+
+def test_missing_nvcc(monkeypatch):
+    monkeypatch.delenv("CUDACXX", raising=False)
+    which = builder.shutil.which
+    monkeypatch.setattr(builder.shutil, "which", lambda name: None if name == "nvcc" else which(name))
+    with pytest.raises(BuildError, match="nvcc"):
+        builder.require_tools(BuildOptions(cuda=True))
+
+
+def test_a_failing_build_names_log_and_first_error(tmp_path):
+    log = tmp_path / "build.log"
+    with pytest.raises(BuildError, match=r"build\.log.*a\.c:1: error: no"):
+        builder._run(["sh", "-c", "echo fine; echo 'a.c:1: error: no'; echo more; exit 1"], log)
+
+
+def test_the_stock_package_is_recognised(tmp_path):
+    with pytest.raises(RuntimeMissingError, match="stock"):
+        locate.read_manifest(tmp_path)
+    (tmp_path / "entrollm_runtime.json").write_text("{")
+    with pytest.raises(RuntimeMissingError, match="damaged"):
+        locate.read_manifest(tmp_path)
+
+
+def test_the_pin(tmp_path):
+    pin = read_pin()
+    assert pin.package == "llama-cpp-python" and len(pin.sha256) == 64
+    (tmp_path / "UPSTREAM").write_text("package = ")
+    with pytest.raises(BuildError, match="UPSTREAM"):
+        read_pin(tmp_path)
+
+
+def test_patches_are_numbered_in_tens_and_say_why():
+    for patch in tree.series(paths.patches_folder()):
+        assert patch.name[:4].isdigit() and int(patch.name[:4]) % 10 == 0
+        message = patch.read_text().split("\n---\n")[0].lower()
+        assert "overlay" in message and "test" in message, f"{patch.name}: says not why it is no overlay, or which test proves it"
