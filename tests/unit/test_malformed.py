@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""The named malformed cases through the C codec: it refuses what the document says to refuse, for the reason the document gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from malformed.cases import CASES
+
+from entrollm_gguf import codec
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.errors import FormatError
+
+TYPES = {1: EntropyType.EQ8, 2: EntropyType.EQ4}
+
+# what ggml_entropy_status_str says for each rule of the document
+MESSAGES = {
+    "truncated": "shorter",
+    "bad-magic": "magic",
+    "bad-version": "version",
+    "bad-kind": "another type",
+    "bad-shape": "shape",
+    "bad-mode": "mode",
+    "bad-layout": "layout",
+    "bad-reserved": "reserved",
+    "bad-scale": "scale or offset",
+    "bad-table": "table",
+    "bad-index": "index",
+    "bad-hash": "hash",
+    "bad-stream": "exactly its codes",
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case):
+    data, kind, ne = case.build()
+    payload = np.frombuffer(data, np.uint8)
+    shape = (ne[1], ne[0]) if ne[2] == 1 else (ne[2], ne[1], ne[0])
+    if case.verdict == "reject":
+        with pytest.raises(FormatError, match=MESSAGES[case.rule]):
+            codec.validate(TYPES[kind], payload, shape)
+        with pytest.raises(FormatError):
+            codec.decode(TYPES[kind], payload, shape)
+        return
+    codec.validate(TYPES[kind], payload, shape)
+    assert codec.decode(TYPES[kind], payload, shape).shape == shape  # in bounds, whatever the bits
+    with pytest.raises(FormatError):
+        codec.verify(TYPES[kind], payload, shape)
