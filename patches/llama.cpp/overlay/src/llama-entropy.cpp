@@ -26,6 +26,11 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 // Decoding takes about a nanosecond per weight, so a chunk is some 0.1 ms: far more than taking it costs, and starting a thread for
 // every THREAD_WEIGHTS is worth its 20 microseconds.
 static constexpr int64_t CHUNK_WEIGHTS  = 128*1024;
@@ -203,6 +208,22 @@ static int decode_slabs(const ggml_tensor * src, const uint8_t * data, ggml_type
     return (int) workers.size() + 1;
 }
 
+// A decoded payload is needed no more, or only once more (tied embeddings), but its mapping stays until the model is freed. Take its
+// pages out of the process: they remain in the page cache and come back if they are touched. Fails harmlessly where they are locked.
+static void drop_pages(const uint8_t * data, size_t n_bytes) {
+#if defined(__linux__)
+    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t) data + page - 1)/page*page;
+    const uintptr_t end   = ((uintptr_t) data + n_bytes)/page*page;
+    if (begin < end) {
+        (void) madvise((void *) begin, end - begin, MADV_DONTNEED);
+    }
+#else
+    GGML_UNUSED(data);
+    GGML_UNUSED(n_bytes);
+#endif
+}
+
 void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
     const int64_t t_start = ggml_time_us();
     const size_t  n_coded = ggml_nbytes(src);
@@ -248,6 +269,9 @@ void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
     if (!in_place) {
         ggml_backend_tensor_set(dst, plain, 0, n_plain);
     }
+    if (mapped != nullptr) {
+        drop_pages(mapped, n_coded);
+    }
 
     n_tensors++;
     n_threads_max  = std::max(n_threads_max, n_threads);
@@ -258,7 +282,7 @@ void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
 
 void llama_entropy::log_summary() const {
     if (n_tensors > 0) {
-        LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads (mode %s)\n", __func__,
+        LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads (mode %s)\n", "llama_entropy",
             n_tensors, n_bytes_coded/1024.0/1024.0, n_bytes_plain/1024.0/1024.0, seconds, n_threads_max, mode_reason.c_str());
     }
 }
