@@ -742,7 +742,9 @@ struct dp_tables {
 };
 
 // to[u + k] = min(to[u + k], from[u] + add), remembering the step. Branch-free, so that compilers vectorise it.
-static void dp_relax(const int32_t * from, int k, int32_t add, uint16_t step, int32_t * to, uint16_t * to_step) {
+// from and to are rows of different positions: they never overlap.
+static void dp_relax(
+        const int32_t * restrict from, int k, int32_t add, uint16_t step, int32_t * restrict to, uint16_t * restrict to_step) {
     to      += k;
     to_step += k;
     const int n = DP_STATES - k;
@@ -1042,13 +1044,13 @@ enum ggml_entropy_status ggml_entropy_begin(
 }
 
 // Codes of one lane, most significant bit first. The lane was measured: words has room for exactly its codes.
-static void write_lane(const struct ggml_entropy_plan * plan, int kind, const int8_t * q, int n_symbols, uint32_t * words) {
+static void write_lane(const uint32_t codes[256], int kind, const int8_t * q, int n_symbols, uint32_t * words) {
     uint64_t acc    = 0; // pending bits, right-aligned
     int      n_bits = 0; // their number, below 32 before each code
     for (int k = 0; k < n_symbols; k++) {
-        const uint8_t u = symbol_at(kind, q, k);
-        acc     = acc << plan->length[u] | plan->code[u];
-        n_bits += plan->length[u];
+        const uint32_t c = codes[symbol_at(kind, q, k)];
+        acc     = acc << (c & 15) | c >> 4;
+        n_bits += c & 15;
         if (n_bits >= 32) {
             n_bits -= 32;
             *words++ = (uint32_t) (acc >> n_bits);
@@ -1073,6 +1075,10 @@ enum ggml_entropy_status ggml_entropy_encode_groups(
     if (!words) {
         return GGML_ENTROPY_NO_MEMORY;
     }
+    uint32_t codes[256]; // code << 4 | length: one look-up a symbol
+    for (int u = 0; u < 256; u++) {
+        codes[u] = (uint32_t) plan->code[u] << 4 | plan->length[u];
+    }
     const struct ggml_entropy_header * h = v.header;
     uint32_t * bitstream = (uint32_t *) ((uint8_t *) slab + h->bitstream_at);
     for (int64_t group = group0; group < group1; group++) {
@@ -1080,7 +1086,7 @@ enum ggml_entropy_status ggml_entropy_encode_groups(
             const struct tile_ref ref = tile_at(&v, group, slice);
             for (int l = 0; l < ref.n_lanes; l++) {
                 const int64_t row = group * LANES + l;
-                write_lane(plan, h->kind, q + row * h->n_cols + slice * h->tile_cols, ref.n_symbols, words[l]);
+                write_lane(codes, h->kind, q + row * h->n_cols + slice * h->tile_cols, ref.n_symbols, words[l]);
             }
             const uint8_t * n_words = v.lane_words + ref.tile * LANES;
             uint32_t * dst = bitstream + v.word_offsets[ref.tile];
