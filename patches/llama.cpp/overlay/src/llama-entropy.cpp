@@ -39,8 +39,8 @@ static constexpr int64_t THREAD_WEIGHTS = 256*1024;
 static constexpr const char * ENV_MODE = "GGML_ENTROPY_MODE";
 static constexpr const char * KEY_MODE = "entropy.mode";
 
-bool llama_entropy_is_type(ggml_type type) {
-    return ggml_entropy_is_type(type);
+bool llama_entropy_is_decoded(const ggml_tensor * src, const ggml_tensor * dst) {
+    return src != nullptr && ggml_entropy_is_type(src->type) && !ggml_entropy_is_type(dst->type);
 }
 
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why) {

@@ -23,7 +23,8 @@
 
 struct llama_file;
 
-bool llama_entropy_is_type(ggml_type type);
+// Is dst, a tensor of the model, to be decoded from src, its weight in the file (may be nullptr)?
+bool llama_entropy_is_decoded(const ggml_tensor * src, const ggml_tensor * dst);
 
 // Throws one clear line if tensor is entropy-coded. For the places that would read its bytes as something else.
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
