@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import build_tiny_model  # noqa: E402
+from models import build_tiny_model
 
-from entrollm_gguf.convert.pipeline import convert_model  # noqa: E402
+from entrollm_gguf.convert.pipeline import convert_model
 
 
 def main(folder: Path) -> None:

@@ -178,7 +178,7 @@ def test_arguments_are_checked():
     with pytest.raises(codec.CodecError, match="scales have shape"):
         codec.encode(EQ8, good, np.ones(3, np.float16))
     with pytest.raises(codec.CodecError, match="scale"):
-        codec.encode(EQ4, good, one, np.float32([1e-9]))  # its minimum is no f16
+        codec.encode(EQ4, good, one, np.float32([1.0001]))  # its minimum is no f16
     with pytest.raises(codec.CodecError, match="int8"):
         codec.encode(EQ8, good.astype(np.int16), one)
 
