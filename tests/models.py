@@ -92,8 +92,11 @@ def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bf
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                # heavier tails than a fresh initialisation: as in trained models, the largest weight is many times the typical one
-                parameter.copy_(torch.distributions.StudentT(4.0).sample(parameter.shape) * 0.6 / parameter.shape[-1] ** 0.5)
+                # heavier tails than a fresh initialisation: as in trained models, the largest weight is many times the typical one.
+                # Not so for the vocabulary: with 4 bits over the range of millions of such values, most tokens would be all zeros
+                is_vocabulary = parameter.shape[0] == config.vocab_size
+                noise = torch.distributions.Normal(0.0, 1.0) if is_vocabulary else torch.distributions.StudentT(4.0)
+                parameter.copy_(noise.sample(parameter.shape) * 0.6 / parameter.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     if tokenizer == "spm":
         _write_spm(folder)
@@ -117,6 +120,7 @@ def _write_spm(folder: Path) -> None:
         bos_id=1,
         eos_id=2,
         unk_id=3,
+        user_defined_symbols=["<|endoftext|>"],  # llama.cpp looks it up in models named phi3
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())

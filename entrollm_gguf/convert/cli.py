@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from entrollm_gguf.console import output_console
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def convert(
     if as_json:
         click.echo(json.dumps(report_as_dict(report), indent=2))
     else:
-        print_summary(report, Console())
+        print_summary(report, output_console())
 
 
 def report_as_dict(report: ConversionReport) -> dict:

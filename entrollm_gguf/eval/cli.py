@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from entrollm_gguf.console import output_console
 
 if TYPE_CHECKING:
     from entrollm_gguf.eval.demo import DemoResult
@@ -119,7 +120,7 @@ def demo(out: Path, text: Path | None, chunks: int, threads: int | None) -> None
     logging.disable(logging.WARNING)
     from entrollm_gguf.eval.demo import run_demo
 
-    console = Console()
+    console = output_console()
     result = run_demo(out, text=text, chunks=chunks, threads=threads, say=lambda line: console.print(line, highlight=False))
     console.print(demo_table(result))
     console.print(

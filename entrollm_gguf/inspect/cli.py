@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from entrollm_gguf.console import output_console
 from entrollm_gguf.errors import FormatError
 
 
@@ -57,9 +58,8 @@ def inspect(file: Path, as_json: bool, threads: int | None) -> None:
         table.add_row(
             t.name, t.type, shape, str(t.n_bytes), _number(t.bits_per_weight), _number(t.entropy), t.scheme or "", t.decodes_to or ""
         )
-    console = Console()
-    # a pipe has no width of its own: do not fold names
-    console.print(table, soft_wrap=not console.is_terminal)
+    console = output_console()
+    console.print(table)
     totals = Table(show_header=False, box=None)
     totals.add_row("file", f"{report.path}, {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.3f} bits per weight in all")
     if report.recipe:

@@ -56,7 +56,7 @@ def _check_length(model: ModelFile) -> list[str]:
             continue
         last = max(reader.tensors, key=lambda t: int(t.data_offset))
         end = int(last.data_offset) + int(last.n_bytes)
-        end += -end % reader.alignment
+        end += -end % int(reader.alignment)
         size = path.stat().st_size
         if size < end:
             problems.append(f"{path}: {end - size} bytes are missing at the end")

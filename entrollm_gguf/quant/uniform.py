@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
@@ -11,6 +13,14 @@ from entrollm_gguf.quant.base import Quantized, QuantizeError, apply_grid, f16_n
 
 def _one(value: float, dtype: type) -> np.ndarray:
     return np.array([[value]], dtype=dtype)
+
+
+def _exact_minimum(low: float, high: float, levels: int) -> float:
+    """An f16 at most `low`, without bits thousands of times finer than the step: they would be lost in the f32 sum with half the range."""
+    if high <= low:
+        return float(f16_not_above(low))
+    unit = 2.0 ** (math.floor(math.log2((high - low) / levels)) - 10)
+    return float(f16_not_above(math.floor(low / unit) * unit))
 
 
 def _exact_offset(minimum: float, scale: np.float16, half: int) -> tuple[np.float16, np.float32]:
@@ -40,7 +50,7 @@ def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high
     levels = (1 << n_bits(kind)) - 1
     half = (levels + 1) // 2
     # Q4_1 stores the minimum as f16 (docs/format.md 6.1): round it first, and measure the step from there
-    minimum = float(f16_not_above(low)) if kind is EntropyType.EQ4 else float(np.float32(low))
+    minimum = _exact_minimum(low, high, levels) if kind is EntropyType.EQ4 else float(np.float32(low))
     scale = f16_not_below((high - minimum) / levels) if high > minimum else np.float16(0)
     if kind is EntropyType.EQ4:
         scale, offset = _exact_offset(minimum, scale, half)

@@ -23,6 +23,7 @@ _AUTHOR = (
     "-c",
     "commit.gpgsign=false",
 )
+_NAME_LENGTH = 59  # of the subject in a file name
 _OVERLAY_TAG = "entrollm-overlay"
 
 
@@ -70,7 +71,7 @@ def export_tree(folder: Path) -> list[str]:
     exported: list[tuple[str, str]] = []
     last = 0
     for commit in commits:
-        subject = _git(folder, "show", "-s", "--format=%f", commit).strip()
+        subject = _git(folder, "show", "-s", "--format=%f", commit).strip()[:_NAME_LENGTH].rstrip("-")
         text = _git(folder, "format-patch", "--zero-commit", "--no-signature", "-1", "--stdout", "--subject-prefix=PATCH", commit)
         text = re.sub(r"^Date: .*$", "Date: Thu, 1 Jan 2026 00:00:00 +0000", text, count=1, flags=re.MULTILINE)
         number = max(numbers.get(f"{subject}.patch", 0), last // 10 * 10 + 10)
