@@ -118,7 +118,7 @@ class SourceModel:
             del writer.add_tensor
 
     def add_tensor(self, name: str, tensor: Any, raw_shape: tuple[int, ...], raw_dtype: int) -> None:
-        """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile."""
+        """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile. raw_shape counts bytes where dtype is uint8."""
         self._model.gguf_writer.add_tensor(name, tensor, raw_shape=raw_shape, raw_dtype=raw_dtype)
 
     def write_file(self, metadata: dict[str, Any], file_type: int, path: Path) -> None:

@@ -122,7 +122,7 @@ def convert_model(
             parts = _encode_all(source, spill, chosen, threads, tile_cols, progress)
             for part in parts:
                 tensor = StreamedTensor(*_declared(part), part.size, functools.partial(spill.copy_to, at=part.at, size=part.size))
-                source.add_tensor(part.record.name, tensor, part.record.shape, part.ggml_type)
+                source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
             records = tuple(part.record for part in parts)
             gguf = import_gguf()
             file_type = gguf.LlamaFileType[f"MOSTLY_{chosen.kind.name}"]

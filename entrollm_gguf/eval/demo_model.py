@@ -7,6 +7,7 @@ reads the weights, and the tokenizer is rebuilt from the file's own vocabulary. 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -57,11 +58,11 @@ def fetch_gguf(cache: Path) -> Path:
 
 def build_hf_folder(gguf_path: Path, folder: Path) -> None:
     """Write a Hugging Face model folder (bf16 safetensors, tokenizer.json, config.json) from the GGUF."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers draws a bar for every GGUF; read when tqdm is imported
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     source, name = gguf_path.parent, gguf_path.name
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     # a fresh model drops what loading left behind: quantization config, the name of the GGUF

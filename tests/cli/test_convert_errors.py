@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -201,7 +202,10 @@ def test_ctrl_c(tiny_model, out):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", slow, "convert", str(tiny_model("mistral").folder), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    # a test run in the background of a shell inherits an ignored SIGINT
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, cwd=REPOSITORY, preexec_fn=listen)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "encoding"
     time.sleep(0.2)
