@@ -152,6 +152,21 @@ _add("lane-empty", "bad-index", _put_in(LANE_WORDS, "B", 0, 0))
 _add("lane-too-long", "bad-index", _put_in(LANE_WORDS, "B", 0, 255))
 _add("last-lane-longer", "bad-index", lambda d: _put_in(LANE_WORDS, "B", 3 * 32, d[_section(d, LANE_WORDS) + 3 * 32] + 4)(d))
 
+
+def _claim_many_codes(d: bytearray) -> bytearray:
+    """One word a lane for 1024 codes, all sections consistent."""
+    whole = bytearray(encode_slab(np.zeros((1, 1024), np.int8), 1, np.float16([1]), None, 1024))
+    _put_in(LANE_WORDS, "B", 0, 1)(whole)
+    _put("Q", N_WORDS, 4)(whole)
+    start = _section(whole, BITSTREAM)
+    _put("Q", 16, start + 512)(whole)
+    return whole[: start + 512]
+
+
+CASES.append(
+    Case("lane-shorter-than-its-codes", "bad-index", "reject", lambda: (rehash(bytes(_claim_many_codes(bytearray()))), 1, (1024, 1, 1, 1)))
+)
+
 # 9: accepted by a loader, found by verify
 _add("hash", "bad-hash", _put("Q", 8, 12345), verdict="accept", keep_hash=True)
 _add("bitstream-inverted", "bad-stream", lambda d: _invert(d), verdict="accept")

@@ -131,7 +131,9 @@ def parse_slab(data: bytes, kind: int, n_cols: int, n_rows: int, n_slabs: int) -
 
     word_offsets = section(word_offsets_at, "<u4", n_tiles)
     lane_words = section(lane_words_at, "<u1", n_tiles * 32).reshape(n_tiles, 32)
-    check_index(word_offsets, lane_words, n_rows, ceil_div(n_cols, tile_cols), bitstream_words)
+    t_min = min(t for t, _ in table)
+    widths = [min(tile_cols, n_cols - c) // kind for c in range(0, n_cols, tile_cols)]  # kind happens to be columns per symbol
+    check_index(word_offsets, lane_words, n_rows, [ceil_div(codes * t_min, 32) for codes in widths], bitstream_words)
     bitstream = section(bitstream_at, "<u4", bitstream_words)
     return Slab(
         data, kind, n_cols, n_rows, n_slabs, tile_cols, scale_mode, offset_mode, digest, table, scales, offsets, word_offsets, lane_words,
@@ -158,14 +160,14 @@ def check_table(table: list[tuple[int, int]]) -> None:
         i += run
 
 
-def check_index(word_offsets: np.ndarray, lane_words: np.ndarray, n_rows: int, n_slices: int, bitstream_words: int) -> None:
-    """5.5 and 5.6."""
+def check_index(word_offsets: np.ndarray, lane_words: np.ndarray, n_rows: int, shortest: list[int], bitstream_words: int) -> None:
+    """5.5 and 5.6; `shortest` is the least length of a lane per column slice."""
     at = 0
     for tile, lanes in enumerate(lane_words):
-        group = tile // n_slices
+        group, c = divmod(tile, len(shortest))
         for lane, length in enumerate(lanes):
             exists = group * 32 + lane < n_rows
-            require(length >= 1 if exists else length == 0, "bad-index", f"lane {lane} of tile {tile}")
+            require(length >= shortest[c] if exists else length == 0, "bad-index", f"lane {lane} of tile {tile}")
         require(word_offsets[tile] == at, "bad-index", f"word offset of tile {tile}")
         at = align(at + int(lanes.astype(int).sum()), 4)
     require(at == bitstream_words, "bad-index", "bitstream_words")

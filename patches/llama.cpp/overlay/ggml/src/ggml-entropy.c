@@ -292,18 +292,25 @@ static enum ggml_entropy_status check_scales(const struct ggml_entropy_view * v)
     return GGML_ENTROPY_OK;
 }
 
-// The tile index is the running sum of the lane lengths (5.5, 5.6), so that every tile lies inside the bitstream.
+// The tile index is the running sum of the lane lengths (5.5, 5.6), so that every tile lies inside the bitstream; and no lane is shorter than
+// its codes can be, so that a small file cannot claim a huge matrix.
 static enum ggml_entropy_status check_index(const struct ggml_entropy_view * v) {
     const struct ggml_entropy_header * h = v->header;
+    int t_min = MAX_T;
+    for (int i = 0; i < 256; i++) {
+        t_min = MIN(t_min, v->table[i].t);
+    }
     uint64_t at = 0;
     for (int64_t tile = 0; tile < (int64_t) h->n_tiles; tile++) {
         const uint8_t * n_words = v->lane_words + tile * LANES;
         const int64_t   n_lanes = MIN(LANES, (int64_t) h->n_rows - tile / v->n_slices * LANES);
+        const int64_t   n_codes = MIN((int64_t) h->tile_cols, (int64_t) h->n_cols - tile % v->n_slices * h->tile_cols) / cols_per_symbol(h->kind);
+        const int64_t   n_min   = ceil_div(n_codes * t_min, 32);
         if (v->word_offsets[tile] != at) {
             return GGML_ENTROPY_BAD_INDEX;
         }
         for (int64_t l = 0; l < LANES; l++) {
-            if ((n_words[l] != 0) != (l < n_lanes)) {
+            if (l < n_lanes ? n_words[l] < n_min : n_words[l] != 0) {
                 return GGML_ENTROPY_BAD_INDEX;
             }
             at += n_words[l];
