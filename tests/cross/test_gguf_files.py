@@ -16,6 +16,7 @@ from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.errors import FormatError, ToolError
 from entrollm_gguf.eval.chat import Chat
 from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.verify import verify_file
 
 
@@ -166,3 +167,20 @@ def test_llama_quantize_refuses(converted, tmp_path):
     )
     assert result.returncode != 0
     assert "entrollm decode" in result.stderr + result.stdout
+
+
+def test_every_way_to_load(converted, tmp_path):
+    """The overlay's own test: all load modes, repacking, progress, cancelling, the mode switch; logits equal to the plain file's."""
+    coded, plain = converted("qwen2", "EQ8-mixed"), tmp_path / "plain.gguf"
+    decode_file(coded, plain)
+    result = subprocess.run([runtime.tool("test-entropy-equal"), coded, plain], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-1000:]
+    assert result.stdout.rstrip().endswith(" passed, 0 failed")
+
+
+@pytest.mark.parametrize("recipe", ["EQ8-paper", "EQ4-mixed"])
+def test_damaged_files_do_not_crash_the_loader(converted, recipe):
+    """A sample of what `make test-asan` does in full, without sanitizers."""
+    command = [runtime.tool("test-entropy-load"), converted("mistral", recipe), "--stride", "211", "--truncations", "100"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-1000:]
