@@ -58,7 +58,7 @@ def convert(model: Path, out: Path, recipe: str) -> dict:
 
 def load(path: Path) -> dict:
     """Load and make one token; decode time as the loader logs it, wall time of the whole process (best of five)."""
-    command = [str(runtime.tool("llama-completion")), "-m", str(path), "-p", "a", "-n", "1", "-no-cnv", "--no-warmup"]
+    command = [str(runtime.tool("llama-completion")), "-m", str(path), "-p", "a", "-n", "1", "-no-cnv", "--no-warmup", "-lv", "4"]
     seconds, decode, match = [], [], None
     for _ in range(5):
         started = time.monotonic()
