@@ -108,7 +108,7 @@ def build(
     digest = runtime_hash(pin, patches, options, compiler)
     finished = cache_folder() / "runtime" / digest
     finished.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(say):
+    with _lock(_options_key(options), say):
         if force or not (finished / "complete").is_file():
             shutil.rmtree(finished, ignore_errors=True)
             _build_into(finished, digest, pin, patches, options, compiler, jobs, say)
@@ -121,8 +121,9 @@ def build(
 
 
 @contextlib.contextmanager
-def _lock(say: Say) -> Iterator[None]:
-    lock = FileLock(cache_folder() / "build.lock")
+def _lock(key: str, say: Say) -> Iterator[None]:
+    """One build per kind of options at a time: they share a work folder."""
+    lock = FileLock(cache_folder() / f"build-{key}.lock")
     if not _try(lock):
         say("waiting for another build on this machine")
         lock.acquire()
