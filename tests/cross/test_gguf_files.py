@@ -149,7 +149,9 @@ def test_modes(converted):
         environment = {k: v for k, v in os.environ.items() if k != "GGML_ENTROPY_MODE"}
         if mode:
             environment["GGML_ENTROPY_MODE"] = mode
-        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+        )
 
     assert run(None).returncode == 0
     assert run("load").returncode == 0
