@@ -7,13 +7,15 @@ at the end the GGUF is written from the spill. Memory holds the tensors in fligh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +193,10 @@ def _encode_all(
     def finish_one() -> None:
         nonlocal in_flight
         job = jobs.popleft()
-        payload, record, ggml_type = job.future.result()
+        try:
+            payload, record, ggml_type = job.future.result()
+        except InterruptedError as error:
+            raise KeyboardInterrupt from error
         in_flight -= job.n_weights
         at, size = spill.append(memoryview(payload).cast("B"))
         parts.append(_Part(record, ggml_type, at, size))
@@ -199,10 +204,12 @@ def _encode_all(
             progress(sum(p.record.n_elements for p in parts), total, record.name)
 
     stop = threading.Event()
-    with ThreadPoolExecutor(n_threads) as pool:
+    with _interrupts(stop), ThreadPoolExecutor(n_threads) as pool:
 
         def handle(name: str, data: Any, raw_dtype: int | None) -> None:
             nonlocal in_flight
+            if stop.is_set():
+                raise KeyboardInterrupt
             if isinstance(data, gguf.LazyChunkedTensor):
                 while jobs:
                     finish_one()
@@ -221,10 +228,34 @@ def _encode_all(
             source.each_tensor(handle)
             while jobs:
                 finish_one()
+            if stop.is_set():
+                raise KeyboardInterrupt
         except BaseException:
             stop.set()  # an interrupt or an error: what is queued returns at once
             raise
     return parts
+
+
+@contextlib.contextmanager
+def _interrupts(stop: threading.Event) -> Iterator[None]:
+    """Remember Ctrl-C in `stop` as well: Python drops a KeyboardInterrupt that arrives inside a destructor or a callback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def remember(number: int, frame: Any) -> None:
+        stop.set()
+        if callable(previous):
+            previous(number, frame)
+
+    if callable(previous):
+        signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        if callable(previous):
+            signal.signal(signal.SIGINT, previous)
 
 
 def _finish_tensor(
