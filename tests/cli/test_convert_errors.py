@@ -207,7 +207,7 @@ def test_ctrl_c(tiny_model, out):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, cwd=REPOSITORY, preexec_fn=listen)
     assert process.stdout is not None
-    assert process.stdout.readline().strip() == "encoding"
+    assert process.stdout.readline().startswith("encoding")  # two threads may print at once
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
