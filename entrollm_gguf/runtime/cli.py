@@ -49,14 +49,18 @@ def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: bool) ->
 def info(as_json: bool) -> None:
     """Tell what is installed, and whether it matches the patches of this checkout."""
     installed = api.info()
-    current = runtime_hash(read_pin(), patches_folder(), BuildOptions(cuda=installed.cuda), require_tools(BuildOptions()))
-    matches = current == installed.hash
+    try:
+        compiler = require_tools(BuildOptions())
+        matches = runtime_hash(read_pin(), patches_folder(), BuildOptions(cuda=installed.cuda), compiler) == installed.hash
+    except BuildError:
+        matches = None  # the hash covers the compiler, and a machine that only runs models needs none
     if as_json:
         data = {**dataclasses.asdict(installed), "folder": str(installed.folder), "matches_checkout": matches}
         click.echo(json.dumps(data, indent=2))
         return
+    relation = {True: "matches", False: "differs from", None: "without a compiler here, cannot be compared with"}[matches]
     click.echo(f"llama-cpp-python {installed.version}, llama.cpp {installed.llama_cpp_commit}")
-    click.echo(f"hash      {installed.hash[:12]} ({'matches' if matches else 'differs from'} this checkout)")
+    click.echo(f"hash      {installed.hash[:12]} ({relation} this checkout)")
     click.echo(f"CUDA      {'yes' if installed.cuda else 'no'}")
     click.echo(f"compiler  {installed.compiler}; built in {installed.build_seconds:.0f} s")
     click.echo(f"package   {installed.folder}")

@@ -67,12 +67,16 @@ def export_tree(folder: Path) -> list[str]:
     overlay = patches / "overlay"
     for relative in tree.overlay_files(patches):
         shutil.copyfile(folder / relative, overlay / relative)
+    # overlay files go back to the overlay; in a patch as well they would be changed twice
+    others = ["--", ".", *(f":(exclude){path.as_posix()}" for path in tree.overlay_files(patches))]
     numbers = {path.name.split("-", 1)[1]: int(path.name[:4]) for path in tree.series(patches)}
     exported: list[tuple[str, str]] = []
     last = 0
     for commit in commits:
         subject = _git(folder, "show", "-s", "--format=%f", commit).strip()[:_NAME_LENGTH].rstrip("-")
-        text = _git(folder, "format-patch", "--zero-commit", "--no-signature", "-1", "--stdout", "--subject-prefix=PATCH", commit)
+        text = _git(folder, "format-patch", "--zero-commit", "--no-signature", "--stdout", f"{commit}^..{commit}", *others)
+        if not text:
+            continue  # changed overlay files only
         text = re.sub(r"^Date: .*$", "Date: Thu, 1 Jan 2026 00:00:00 +0000", text, count=1, flags=re.MULTILINE)
         number = max(numbers.get(f"{subject}.patch", 0), last // 10 * 10 + 10)
         last = number

@@ -11,6 +11,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from entrollm_gguf.errors import BuildError
 from entrollm_gguf.runtime.paths import cache_folder
 from entrollm_gguf.runtime.pin import Pin
@@ -40,23 +42,35 @@ def unpacked_source(sdist: Path, pin: Pin) -> Path:
         BuildError: the archive is damaged.
     """
     target = cache_folder() / "sources" / f"{pin.package}-{pin.version}-{pin.sha256[:12]}"
-    if target.is_dir():
-        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # builds of different kinds run side by side and share this folder
+    with FileLock(cache_folder() / "sources.lock"):
+        if not target.is_dir():
+            _unpack(sdist, target)
+    return target
+
+
+def _unpack(sdist: Path, target: Path) -> None:
+    # Python 3.11.2, which Debian 12 ships, has no filters yet; _wanted refuses by itself what could leave the folder
+    filtering = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         try:
             with tarfile.open(sdist) as archive:
-                archive.extractall(folder, members=_wanted(archive), filter="data")
+                archive.extractall(folder, members=_wanted(archive), **filtering)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise BuildError(f"{sdist}: cannot be unpacked ({error}); delete it and try again") from error
         roots = [path for path in Path(folder).iterdir() if (path / LLAMA_CPP).is_dir()]
         if len(roots) != 1:
             raise BuildError(f"{sdist}: holds no llama.cpp tree")
         roots[0].replace(target)
-    return target
 
 
 def _wanted(archive: tarfile.TarFile):
     for member in archive:
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise tarfile.TarError(f"{member.name} lies outside")
+        if not (member.isfile() or member.isdir()):
+            continue  # links and devices: the build needs none
         inside = member.name.partition("/")[2]
         if inside.startswith(f"{LLAMA_CPP.as_posix()}/"):
             if not inside.removeprefix(f"{LLAMA_CPP.as_posix()}/").startswith(_UNUSED):

@@ -7,12 +7,13 @@ import io
 import os
 import subprocess
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from entrollm_gguf.errors import BuildError, FetchError, RuntimeMissingError
-from entrollm_gguf.runtime import builder, fetch, locate, paths, tree
+from entrollm_gguf.runtime import builder, develop, fetch, locate, paths, tree
 from entrollm_gguf.runtime.builder import BuildOptions, runtime_hash
 from entrollm_gguf.runtime.pin import Pin, read_pin
 
@@ -125,6 +126,48 @@ def test_a_hostile_archive_stays_inside(tmp_path, monkeypatch):
     with pytest.raises(BuildError, match="cannot be unpacked"):
         tree.unpacked_source(sdist, PIN)
     assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_unpack_with_and_without_filters(tmp_path, monkeypatch, filters):
+    if not filters:
+        # as in Python 3.11.2: extractall takes no filter
+        extractall = tarfile.TarFile.extractall
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path, members: extractall(self, path, members))
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path / "cache"))
+    good = archive_with(tmp_path / "good.tar.gz", "p-1/vendor/llama.cpp/a.c")
+    assert (tree.unpacked_source(good, PIN) / tree.LLAMA_CPP / "a.c").is_file()
+    other = Pin("other", "1.0", "0" * 64, "abc")
+    for name in ("p-1/vendor/llama.cpp/../../../../../escaped", "/escaped"):
+        with pytest.raises(BuildError, match="cannot be unpacked"):
+            tree.unpacked_source(archive_with(tmp_path / "bad.tar.gz", name), other)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_two_builds_unpack_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path / "cache"))
+    sdist = archive_with(tmp_path / "a.tar.gz", "p-1/vendor/llama.cpp/a.c")
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: tree.unpacked_source(sdist, PIN), range(4)))) == 1
+
+
+def test_export_puts_each_change_in_one_place(patches, source, tmp_path, monkeypatch):
+    (patches / "series" / "0010-change.patch").unlink()
+    monkeypatch.setattr(develop, "patches_folder", lambda: patches)
+    monkeypatch.setattr(develop, "fetch_sdist", lambda pin: None)
+    monkeypatch.setattr(tree, "unpacked_source", lambda sdist, pin: source)
+    work = tmp_path / "work"
+    develop.make_tree(work)
+    (work / "src" / "new.c").write_text("int newer;\n")
+    develop._git(work, "commit", "-qam", "overlay only")
+    (work / "src" / "new.c").write_text("int newest;\n")
+    (work / "src" / "old.c").write_text("int changed;\n")
+    develop._git(work, "commit", "-qam", "both")
+    assert develop.export_tree(work) == ["0010-both.patch"]
+    tree.assemble(source, patches, tmp_path / "tree")
+    src = tmp_path / "tree" / tree.LLAMA_CPP / "src"
+    assert (src / "new.c").read_text() == "int newest;\n" and (src / "old.c").read_text() == "int changed;\n"
 
 
 def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
