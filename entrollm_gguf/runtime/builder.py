@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The build: assemble the tree, run cmake once, pack wheels, keep them in the cache under the hash of everything that went in.
 
-Cache layout: `sources/` (downloads), `work/<options>/` (tree and objects of the last build with these options, for incremental rebuilds), and
+Cache layout: `sources/` (downloads), `work/<options and toolchain>/` (tree and objects of the last such
+build, for incremental rebuilds), and
 `runtime/<hash>/` (finished wheels, moved into place as a whole).
 """
 
@@ -104,20 +105,28 @@ def build(
     """
     options = options or BuildOptions()
     pin, patches = read_pin(), patches_folder()
-    compiler = require_tools(options)
-    digest = runtime_hash(pin, patches, options, compiler)
+    toolchain = require_tools(options)
+    digest = runtime_hash(pin, patches, options, toolchain)
     finished = cache_folder() / "runtime" / digest
     finished.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(_options_key(options), say):
-        if force or not (finished / "complete").is_file():
+    key = _work_key(options, toolchain)
+    with _lock(key, say):
+        if force or not _is_finished(finished, options):
             shutil.rmtree(finished, ignore_errors=True)
-            _build_into(finished, digest, pin, patches, options, compiler, jobs, say)
+            _build_into(finished, digest, pin, patches, options, toolchain, cache_folder() / "work" / key, jobs, say)
     if options.sanitize:
         return finished / "bin"
     if not installer.is_installed(digest[:12]) or force:
         say("installing llama-cpp-python and gguf")
         installer.install(sorted(finished.glob("*.whl")))
     return info()
+
+
+def _is_finished(folder: Path, options: BuildOptions) -> bool:
+    """Whether a cache entry is whole: someone may have cleaned the cache by hand."""
+    if not (folder / "complete").is_file():
+        return False
+    return (folder / "bin").is_dir() if options.sanitize else len(list(folder.glob("*.whl"))) == 2
 
 
 @contextlib.contextmanager
@@ -143,22 +152,57 @@ def _try(lock: FileLock) -> bool:
     return True
 
 
-def require_tools(options: BuildOptions) -> str:
-    """Check that everything a build needs is there; returns the compiler's version line.
+# what cmake and the compilers take from the environment
+_ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "NVCC_PREPEND_FLAGS")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiles, and for which processor: objects of another toolchain are of no use."""
+
+    compiler: str  # version line of the C++ compiler
+    others: tuple[str, ...] = ()  # version lines of the C compiler and, for CUDA, nvcc
+    environment: tuple[tuple[str, str], ...] = ()  # variables that cmake reads
+    processor: str = ""  # system, machine and instruction sets: the build is native
+
+    def text(self) -> str:
+        """All of it, for hashing."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def require_tools(options: BuildOptions) -> Toolchain:
+    """Check that everything a build needs is there.
 
     Raises:
         BuildError: naming what is missing and how to get it.
     """
-    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
-        raise BuildError("no C++ compiler; install one (apt-get install build-essential)")
+    found = {"CXX": os.environ.get("CXX") or _first("c++", "g++", "clang++"), "CC": os.environ.get("CC") or _first("cc", "gcc", "clang")}
+    for language, command in (("C++", found["CXX"]), ("C", found["CC"])):
+        if not command or shutil.which(command.split()[0]) is None:
+            raise BuildError(f"no {language} compiler; install one (apt-get install build-essential)")
     for name, remedy in (("cmake", "pip install cmake"), ("ninja", "pip install ninja"), ("git", "apt-get install git")):
         if find_program(name) is None:
             raise BuildError(f"{name} is missing; {remedy}")
-    if options.cuda and shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
-        raise BuildError("nvcc is missing; install the CUDA toolkit and put its bin folder on PATH, or build without --cuda")
-    result = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
-    return (result.stdout.splitlines() or [compiler])[0]
+    others = [_version(found["CC"])]
+    if options.cuda:
+        nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+        if nvcc is None:
+            raise BuildError("nvcc is missing; install the CUDA toolkit and put its bin folder on PATH, or build without --cuda")
+        others.append(_version(nvcc))
+    environment = tuple((name, os.environ[name]) for name in _ENVIRONMENT if os.environ.get(name))
+    processor = f"{platform.system()} {platform.machine()} {_cpu_flags()}"
+    return Toolchain(_version(found["CXX"]), tuple(others), environment, processor)
+
+
+def _first(*names: str) -> str | None:
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def _version(command: str) -> str:
+    result = subprocess.run([*command.split(), "--version"], capture_output=True, text=True)
+    lines = [line for line in result.stdout.splitlines() if line.strip()] or [command]
+    # nvcc begins with its name and a copyright; its release stands further down
+    return next((line for line in lines if "release" in line), lines[0])
 
 
 def find_program(name: str) -> str | None:
@@ -167,8 +211,8 @@ def find_program(name: str) -> str | None:
     return str(beside) if beside.is_file() else shutil.which(name)
 
 
-def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, compiler: str) -> str:
-    """Hash of everything that goes into a build: pin, overlay, series, options, compiler, processor (the build is native), and this code."""
+def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, toolchain: Toolchain) -> str:
+    """Hash of everything that goes into a build: pin, overlay, series, options, toolchain, and this code."""
     digest = hashlib.sha256()
 
     def add(label: str, data: bytes) -> None:
@@ -181,8 +225,8 @@ def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, compiler: str) 
     for path in tree.series(patches):
         add(f"series/{path.name}", path.read_bytes())
     add("options", json.dumps([options.cmake_options(), options.targets()], sort_keys=True).encode())
-    add("host", f"{compiler}\n{platform.system()} {platform.machine()}\n{_cpu_flags()}".encode())
-    for module in ("builder.py", "wheels.py"):
+    add("toolchain", toolchain.text().encode())
+    for module in ("builder.py", "tree.py", "wheels.py"):
         add(module, (Path(__file__).parent / module).read_bytes())
     return digest.hexdigest()
 
@@ -197,12 +241,19 @@ def _cpu_flags() -> str:
 
 
 def _build_into(
-    finished: Path, digest: str, pin: Pin, patches: Path, options: BuildOptions, compiler: str, jobs: int | None, say: Say
+    finished: Path,
+    digest: str,
+    pin: Pin,
+    patches: Path,
+    options: BuildOptions,
+    toolchain: Toolchain,
+    work: Path,
+    jobs: int | None,
+    say: Say,
 ) -> None:
     started = time.monotonic()
     say(f"source: {pin.package} {pin.version}")
     source = tree.unpacked_source(fetch_sdist(pin), pin)
-    work = cache_folder() / "work" / _options_key(options)
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         staged = Path(scratch) / "tree"
@@ -223,7 +274,8 @@ def _build_into(
                 "version": pin.version,
                 "llama_cpp_commit": pin.llama_cpp_commit,
                 "cuda": options.cuda,
-                "compiler": compiler,
+                "cuda_arch": options.cuda_arch if options.cuda else "",
+                "compiler": toolchain.compiler,
                 "build_seconds": round(time.monotonic() - started, 1),
                 "programs": programs,
             }
@@ -234,8 +286,8 @@ def _build_into(
     say(f"built in {time.monotonic() - started:.0f} s")
 
 
-def _options_key(options: BuildOptions) -> str:
-    text = json.dumps(options.cmake_options(), sort_keys=True)
+def _work_key(options: BuildOptions, toolchain: Toolchain) -> str:
+    text = json.dumps(options.cmake_options(), sort_keys=True) + toolchain.text()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -50,8 +50,8 @@ def info(as_json: bool) -> None:
     """Tell what is installed, and whether it matches the patches of this checkout."""
     installed = api.info()
     try:
-        compiler = require_tools(BuildOptions())
-        matches = runtime_hash(read_pin(), patches_folder(), BuildOptions(cuda=installed.cuda), compiler) == installed.hash
+        options = BuildOptions(cuda=installed.cuda, **({"cuda_arch": installed.cuda_arch} if installed.cuda else {}))
+        matches = runtime_hash(read_pin(), patches_folder(), options, require_tools(options)) == installed.hash
     except BuildError:
         matches = None  # the hash covers the compiler, and a machine that only runs models needs none
     if as_json:
@@ -61,7 +61,7 @@ def info(as_json: bool) -> None:
     relation = {True: "matches", False: "differs from", None: "without a compiler here, cannot be compared with"}[matches]
     click.echo(f"llama-cpp-python {installed.version}, llama.cpp {installed.llama_cpp_commit}")
     click.echo(f"hash      {installed.hash[:12]} ({relation} this checkout)")
-    click.echo(f"CUDA      {'yes' if installed.cuda else 'no'}")
+    click.echo(f"CUDA      {f'yes, for {installed.cuda_arch}' if installed.cuda else 'no'}")
     click.echo(f"compiler  {installed.compiler}; built in {installed.build_seconds:.0f} s")
     click.echo(f"package   {installed.folder}")
     click.echo(f"programs  {', '.join(installed.programs)}")

@@ -23,6 +23,7 @@ class RuntimeInfo:
     version: str  # of llama-cpp-python
     llama_cpp_commit: str
     cuda: bool
+    cuda_arch: str  # as CMAKE_CUDA_ARCHITECTURES takes it; empty without CUDA
     compiler: str
     build_seconds: float
     folder: Path  # the llama_cpp package
@@ -43,8 +44,8 @@ def read_manifest(folder: Path) -> RuntimeInfo:
     try:
         data = json.loads((folder / MANIFEST).read_text())
         return RuntimeInfo(
-            data["hash"], data["version"], data["llama_cpp_commit"], data["cuda"], data["compiler"], data["build_seconds"], folder,
-            tuple(data["programs"]),
+            data["hash"], data["version"], data["llama_cpp_commit"], data["cuda"], data["cuda_arch"], data["compiler"],
+            data["build_seconds"], folder, tuple(data["programs"]),
         )  # fmt: skip
     except FileNotFoundError as error:
         raise RuntimeMissingError(f"the installed llama-cpp-python is the stock one; {_REMEDY} to replace it") from error

@@ -7,14 +7,16 @@ import io
 import os
 import subprocess
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from entrollm_gguf.errors import BuildError, FetchError, RuntimeMissingError
 from entrollm_gguf.runtime import builder, develop, fetch, locate, paths, tree
-from entrollm_gguf.runtime.builder import BuildOptions, runtime_hash
+from entrollm_gguf.runtime.builder import BuildOptions, Toolchain, runtime_hash
 from entrollm_gguf.runtime.pin import Pin, read_pin
 
 PIN = Pin("some-package", "1.0", "0" * 64, "abc")
@@ -41,8 +43,11 @@ def source(tmp_path) -> Path:
     return folder
 
 
-def digest(patches: Path, options: BuildOptions | None = None, pin: Pin = PIN, compiler: str = "gcc 12") -> str:
-    return runtime_hash(pin, patches, options or BuildOptions(), compiler)
+GCC = Toolchain("g++ 12", ("gcc 12",), (), "Linux x86_64 avx2")
+
+
+def digest(patches: Path, options: BuildOptions | None = None, pin: Pin = PIN, toolchain: Toolchain = GCC) -> str:
+    return runtime_hash(pin, patches, options or BuildOptions(), toolchain)
 
 
 def test_everything_that_goes_in_changes_the_hash(patches):
@@ -51,7 +56,11 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     seen.add(digest(patches, BuildOptions(cuda=True)))
     seen.add(digest(patches, BuildOptions(cuda=True, cuda_arch="90")))
     seen.add(digest(patches, BuildOptions(sanitize=True)))
-    seen.add(digest(patches, compiler="gcc 13"))
+    others = [replace(GCC, compiler="g++ 13"), replace(GCC, others=("gcc 13",)), replace(GCC, processor="Linux x86_64 avx512f")]
+    others.append(replace(GCC, environment=(("CXXFLAGS", "-O1"),)))
+    seen.update(digest(patches, toolchain=other) for other in others)
+    # objects of another toolchain are not taken up either
+    assert len({builder._work_key(BuildOptions(), toolchain) for toolchain in (GCC, *others)}) == 5
     seen.add(digest(patches, pin=Pin("some-package", "1.1", "0" * 64, "abc")))
     (patches / "overlay" / "src" / "new.c").write_text("int newer;\n")
     seen.add(digest(patches))
@@ -59,7 +68,7 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     seen.add(digest(patches))
     (patches / "series" / "0020-more.patch").write_text("")
     seen.add(digest(patches))
-    assert len(seen) == 9
+    assert len(seen) == 12
 
 
 def test_assemble(patches, source, tmp_path):
@@ -210,6 +219,58 @@ def test_a_failing_build_names_log_and_first_error(tmp_path):
     log = tmp_path / "build.log"
     with pytest.raises(BuildError, match=r"build\.log.*a\.c:1: error: no"):
         builder._run(["sh", "-c", "echo fine; echo 'a.c:1: error: no'; echo more; exit 1"], log)
+
+
+def test_flags_of_the_environment_belong_to_the_toolchain(monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    assert ("CXXFLAGS", "-O1") in builder.require_tools(BuildOptions()).environment
+
+
+@pytest.fixture
+def fake_build(tmp_path, monkeypatch) -> list[str]:
+    """build() without source, compiler and pip; returns what it did."""
+    done: list[str] = []
+
+    def build_into(finished, *arguments):
+        done.append("built")
+        finished.mkdir()
+        for name in ("a.whl", "b.whl", "complete"):
+            (finished / name).touch()
+
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builder, "require_tools", lambda options: GCC)
+    monkeypatch.setattr(builder, "_build_into", build_into)
+    monkeypatch.setattr(builder, "info", lambda: None)
+    monkeypatch.setattr(builder.installer, "is_installed", lambda digest: False)
+    monkeypatch.setattr(builder.installer, "install", lambda wheels: done.append(f"installed {len(wheels)}"))
+    return done
+
+
+def test_a_second_build_takes_the_first(fake_build):
+    builder.build()
+    builder.build()
+    assert fake_build == ["built", "installed 2", "installed 2"]
+
+
+@pytest.mark.parametrize("lost", ["a.whl", "complete"])
+def test_a_damaged_cache_entry_is_built_again(fake_build, tmp_path, lost):
+    builder.build()
+    next((tmp_path / "cache" / "runtime").rglob(lost)).unlink()
+    builder.build()
+    assert fake_build == ["built", "installed 2"] * 2
+
+
+def test_builds_of_one_kind_wait_for_each_other(fake_build):
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with builder._lock(builder._work_key(BuildOptions(), GCC), said.append):
+            second = pool.submit(builder.build, say=said.append)
+            while not said:
+                assert not second.done()
+                time.sleep(0.01)
+            assert said == ["waiting for another build on this machine"] and not fake_build
+        second.result(timeout=60)
+    assert fake_build == ["built", "installed 2"]
 
 
 def test_the_stock_package_is_recognised(tmp_path):
