@@ -24,8 +24,10 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("EQ8-paper", EntropyType.EQ8, "paper", "EntroLLM uint8, published sign rule, one scale per tensor"),
         Recipe("EQ8-mixed", EntropyType.EQ8, "mixed", "8 bits, symmetric or asymmetric, whichever codes smaller"),
+        Recipe("EQ8-rows", EntropyType.EQ8, "rows", "8 bits, symmetric, a scale for each row; close to lossless"),
         Recipe("EQ4-paper", EntropyType.EQ4, "paper", "EntroLLM uint4; small, but the model's quality collapses"),
         Recipe("EQ4-mixed", EntropyType.EQ4, "mixed", "4 bits, symmetric or asymmetric; quality collapses as well"),
+        Recipe("EQ4-rows", EntropyType.EQ4, "rows", "4 bits, symmetric, a scale for each row"),
     )
 }
 

@@ -4,11 +4,13 @@
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer
 from entrollm_gguf.quant.mixed import quantize_mixed
 from entrollm_gguf.quant.paper import quantize_paper
+from entrollm_gguf.quant.rows import quantize_rows
 
 #: name -> function(weights, kind, threads) -> Quantized
 QUANTIZERS: dict[str, Quantizer] = {
     "paper": quantize_paper,
     "mixed": quantize_mixed,
+    "rows": quantize_rows,
 }
 
-__all__ = ["QUANTIZERS", "NotFiniteError", "QuantizeError", "Quantized", "Quantizer", "quantize_mixed", "quantize_paper"]
+__all__ = ["QUANTIZERS", "NotFiniteError", "QuantizeError", "Quantized", "Quantizer", "quantize_mixed", "quantize_paper", "quantize_rows"]

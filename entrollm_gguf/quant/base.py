@@ -76,8 +76,10 @@ def f16_not_above(x: float) -> np.float16:
     return value
 
 
-def _map_chunks(function: Callable[[slice], object], n: int, threads: int | None) -> list:
-    slices = [slice(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
+def map_chunks(function: Callable[[slice], object], n: int, threads: int | None, n_weights: int = 1) -> list:
+    """Results of function(slice) for slices of n items with n_weights weights each, in several threads if it pays."""
+    step = max(1, _CHUNK // n_weights)
+    slices = [slice(i, min(i + step, n)) for i in range(0, n, step)]
     n_threads = threads or os.cpu_count() or 1
     if n_threads == 1 or len(slices) < 8:
         return [function(s) for s in slices]
@@ -95,7 +97,7 @@ def value_range(weights: np.ndarray, threads: int | None = None) -> tuple[float,
     """
     flat = weights.reshape(-1)
     with np.errstate(all="ignore"):
-        parts = np.array(_map_chunks(lambda s: (flat[s].min(), flat[s].max()), flat.size, threads), dtype=np.float64)
+        parts = np.array(map_chunks(lambda s: (flat[s].min(), flat[s].max()), flat.size, threads), dtype=np.float64)
     low, high = float(parts[:, 0].min()), float(parts[:, 1].max())
     # min and max propagate NaN, and an infinity is one of them
     if not (np.isfinite(low) and np.isfinite(high)) or np.isnan(parts).any():
@@ -134,5 +136,5 @@ def apply_grid(
             x -= shift
         codes[s] = x
 
-    _map_chunks(part, flat.size, threads)
+    map_chunks(part, flat.size, threads)
     return codes.reshape(weights.shape)

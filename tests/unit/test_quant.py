@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant import QUANTIZERS, NotFiniteError, QuantizeError, quantize_mixed, quantize_paper
+from entrollm_gguf.quant import QUANTIZERS, NotFiniteError, QuantizeError, quantize_mixed, quantize_paper, quantize_rows
 from entrollm_gguf.quant.mixed import coded_bits
 from entrollm_gguf.quant.uniform import quantize_asymmetric, quantize_symmetric
 
@@ -19,8 +19,9 @@ EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4
 
 
 def dequantize(q) -> np.ndarray:
-    offset = 0.0 if q.offsets is None else q.offsets[0, 0].astype(np.float64)
-    return q.codes * q.scales[0, 0].astype(np.float64) + offset
+    """Weights f64 of one matrix."""
+    offset = 0.0 if q.offsets is None else q.offsets[0, :, None].astype(np.float64)
+    return q.codes * q.scales[0, :, None].astype(np.float64) + offset
 
 
 def test_asymmetric_literal():
@@ -77,10 +78,10 @@ def test_error_is_at_most_half_a_step_and_the_file_holds_it(name, kind, w):
     except QuantizeError:  # a range thousands of times smaller than the distance from zero
         assert np.ptp(w) * 1000 < np.abs(w).max()
         return
-    step = abs(float(q.scales[0, 0]))
+    step = np.abs(q.scales[0, :, None].astype(np.float64))
     # f32 arithmetic of offset and quotient adds a little to half a step
     slack = 1e-5 * (np.abs(w).max() + step)
-    assert np.abs(dequantize(q) - w).max() <= 0.5 * step + slack
+    assert (np.abs(dequantize(q) - w) <= 0.5 * step + slack).all()
     payload = codec.encode(kind, q.codes, q.scales, q.offsets).payload
     codec.verify(kind, payload, w.shape)
 
@@ -113,3 +114,19 @@ def test_f16_input_and_threads(rng):
     w = rng.normal(0, 0.02, (700, 1024)).astype(np.float16)
     one, many = quantize_paper(w, EQ8, 1), quantize_paper(w.astype(np.float32), EQ8, 4)
     assert np.array_equal(one.codes, many.codes) and one.scales == many.scales
+
+
+@pytest.mark.parametrize("kind", [EQ8, EQ4])
+def test_rows(rng, kind):
+    top = 127 if kind is EQ8 else 7
+    w = (rng.standard_normal((3, 40, 64)) * np.exp2(rng.integers(-6, 3, (3, 40, 1)))).astype(np.float32)
+    w[1, 7] = 0
+    w[0, 0, :3] = [-top * 0.25, top * 0.25, 0.25]
+    w[0, 0, 3:] = 0
+    q = quantize_rows(w, kind, threads=2)
+    assert q.offsets is None and q.scales.shape == (3, 40)
+    assert q.scales[0, 0] == 0.25 and q.codes[0, 0, :4].tolist() == [-top, top, 1, 0]
+    assert q.scales[1, 7] == 0 and not q.codes[1, 7].any()
+    steps = q.scales.astype(np.float64)[:, :, None]
+    assert (np.abs(q.codes * steps - w) <= steps * 0.5001).all()
+    assert np.array_equal(np.abs(q.codes).max(axis=2), np.where(w.any(axis=2), top, 0))

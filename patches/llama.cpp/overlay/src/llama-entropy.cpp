@@ -1,26 +1,32 @@
 // SPDX-License-Identifier: MIT
 //
-// Load mode of entropy-coded tensors; see llama-entropy.h for the whole picture.
+// Entropy-coded tensors in the model loader; see llama-entropy.h for the whole picture.
 //
-// Work is cut into chunks of whole row groups of one slab, about CHUNK_WEIGHTS weights each, which threads take from a counter: row
-// groups are independent, and a slab of a small expert may have fewer of them than there are threads. Decoding writes into the tensor where
+// Order of this file: refusals, the switch and the rule, decoding, loading.
+//
+// Decoding is cut into chunks of whole row groups of one slab, about CHUNK_WEIGHTS weights each, which threads take from a counter: row
+// groups are independent, and a slab of a small expert may have fewer of them than there are threads. It writes into the tensor where
 // its buffer is host memory; otherwise into a temporary and then once into the tensor, because buffers that repack (CPU_REPACK)
 // or slice (tensor parallelism) want a whole tensor in one call.
 //
-// Limits: a mapped file that another process rewrites during the load is read twice (validated, then decoded), as any mapped model is.
+// Limits: a mapped file that another process rewrites is read twice (validated, then decoded). In fused mode it is read for as long as
+// the model lives, and kernels trust the index that was validated: rewriting the file under a running model can crash it.
 
 #include "llama-entropy.h"
 
 #include "llama-impl.h"
 #include "llama-mmap.h"
+#include "llama-model-loader.h"
 
 #include "ggml-backend.h"
-#include "../ggml/src/ggml-entropy.h"
+#include "../ggml/src/ggml-backend-entropy.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <memory>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -36,7 +42,8 @@
 static constexpr int64_t CHUNK_WEIGHTS  = 128*1024;
 static constexpr int64_t THREAD_WEIGHTS = 256*1024;
 
-static constexpr const char * ENV_MODE = "GGML_ENTROPY_MODE";
+static constexpr const char * ENV_MODE   = "GGML_ENTROPY_MODE";
+static constexpr const char * ENV_MEMORY = "GGML_ENTROPY_MEMORY_MIB";
 static constexpr const char * KEY_MODE = "entropy.mode";
 
 bool llama_entropy_is_decoded(const ggml_tensor * src, const ggml_tensor * dst) {
@@ -58,6 +65,29 @@ void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target) 
     }
 }
 
+bool llama_entropy_to_float(ggml_type type, const void * data, size_t n_bytes, float * out) {
+    if (!ggml_entropy_is_type(type)) {
+        return false;
+    }
+    const auto tile = std::make_unique<ggml_entropy_tile>();
+    ggml_entropy_view view;
+    for (size_t at = 0; at < n_bytes; at += view.header->slab_size) {
+        if (ggml_entropy_open((const uint8_t *) data + at, n_bytes - at, &view) != GGML_ENTROPY_OK) {
+            return false;
+        }
+        const int64_t n_cols = view.header->n_cols;
+        for (int64_t group = 0; group < view.n_groups; group++) {
+            const int n_lanes = (int) std::min<int64_t>(GGML_ENTROPY_LANES, view.header->n_rows - group*GGML_ENTROPY_LANES);
+            for (int64_t slice = 0; slice < view.n_slices; slice++) {
+                ggml_entropy_decode_lanes(&view, group, slice, 0, n_lanes, tile.get());
+                ggml_entropy_tile_rows(&view, group, slice, 0, n_lanes, tile.get(), GGML_TYPE_F32, out, n_cols*sizeof(float));
+            }
+            out += n_lanes*n_cols;
+        }
+    }
+    return true;
+}
+
 [[noreturn]] static void throw_damaged(const ggml_tensor * tensor, ggml_entropy_status status) {
     throw std::runtime_error(format("tensor '%s' of type %s: %s: run `entrollm verify FILE`; convert or download the file again",
         ggml_get_name(tensor), ggml_type_name(tensor->type), ggml_entropy_status_str(status)));
@@ -65,78 +95,137 @@ void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target) 
 
 // ---- the switch and the rule -------------------------------------------------------------------------------------------------------
 
-void llama_entropy::read_mode(const kv_overrides & overrides) {
-    std::string value  = "auto";
-    std::string origin = "default";
+void llama_entropy::read_mode(const llama_model_loader & ml) {
+    std::string value = "auto";
+    mode_origin = "default";
     const char * env = std::getenv(ENV_MODE);
     if (env != nullptr && env[0] != '\0') {
-        value  = env;
-        origin = ENV_MODE;
+        value       = env;
+        mode_origin = ENV_MODE;
     }
     // only the user's override counts: a file does not get to choose
-    const auto it = overrides.find(KEY_MODE);
-    if (it != overrides.end()) {
+    const auto it = ml.kv_overrides.find(KEY_MODE);
+    if (it != ml.kv_overrides.end()) {
         if (it->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
             throw std::runtime_error(format("override %s must be a string, for example --override-kv %s=str:load", KEY_MODE, KEY_MODE));
         }
-        value  = it->second.val_str;
-        origin = format("override %s", KEY_MODE);
+        value       = it->second.val_str;
+        mode_origin = format("override %s", KEY_MODE);
     }
 
     if (value == "auto") {
-        mode        = MODE_AUTO;
-        mode_reason = "auto: no device of this build computes on entropy-coded tensors";
+        mode = MODE_AUTO;
     } else if (value == "load") {
-        mode        = MODE_LOAD;
-        mode_reason = "load: " + origin;
+        mode = MODE_LOAD;
     } else if (value == "fused") {
-        mode        = MODE_FUSED;
-        mode_reason = "fused: " + origin;
+        mode = MODE_FUSED;
     } else {
-        throw std::runtime_error(format("unknown value '%s' of %s: use auto, load or fused", value.c_str(), origin.c_str()));
+        throw std::runtime_error(format("unknown value '%s' of %s: use auto, load or fused", value.c_str(), mode_origin.c_str()));
     }
 }
 
-// The rule. It may look at the type, the buffer type (nullptr: not chosen yet) and the settings, and at nothing else, above all not at
-// load_mode or free memory: the memory-fit pass, which allocates nothing and maps nothing, must come to the same answer.
-// Fused mode will extend it: then a tensor keeps its type if the device of the buffer type that it would get says, through
-// ggml_backend_dev_supports_op, that it computes on it.
-bool llama_entropy::decode_at_load(const ggml_tensor * tensor, ggml_backend_buffer_type_t buft) const {
-    GGML_UNUSED(tensor);
-    GGML_UNUSED(buft);
-    if (mode == MODE_FUSED) {
-        throw std::runtime_error(format("mode %s: no device of this build computes on entropy-coded tensors: use auto or load", mode_reason.c_str()));
+// The smallest of the limits that path/file holds for a cgroup and those above it; limit if there is none.
+static size_t cgroup_limit(const std::string & root, std::string path, const char * file, size_t limit) {
+    for (;;) {
+        std::ifstream in(root + path + "/" + file);
+        unsigned long long value; // "max" does not parse
+        if (in >> value) {
+            limit = std::min<size_t>(limit, value);
+        }
+        if (path.empty() || path == "/") {
+            return limit;
+        }
+        path.resize(path.rfind('/'));
     }
-    return true;
 }
 
-bool llama_entropy::set_plain_type(const kv_overrides & overrides, llama_file & file, size_t offs, bool reshape, ggml_tensor * tensor) {
+// Bytes of memory that this machine, or the container around us, will ever give: not what is free now, which the memory-fit pass would see
+// differently.
+static size_t memory_limit() {
+    const char * env = std::getenv(ENV_MEMORY);
+    if (env != nullptr && env[0] != '\0') {
+        char * end;
+        const double n_mib = std::strtod(env, &end);
+        if (*end != '\0' || !(n_mib > 0) || n_mib > 1e12) {
+            throw std::runtime_error(format("unknown value '%s' of %s: give a number of MiB", env, ENV_MEMORY));
+        }
+        return (size_t) (n_mib*1024*1024);
+    }
+    size_t free  = 0;
+    size_t limit = 0;
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (cpu != nullptr) {
+        ggml_backend_dev_memory(cpu, &free, &limit);
+    }
+    if (limit == 0) {
+        limit = SIZE_MAX;
+    }
+#if defined(__linux__)
+    // lines "id:controllers:path"; version 2 has no controllers
+    std::ifstream groups("/proc/self/cgroup");
+    for (std::string line; std::getline(groups, line); ) {
+        const size_t first  = line.find(':');
+        const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
+        if (second == std::string::npos) {
+            continue;
+        }
+        const std::string controllers = line.substr(first + 1, second - first - 1);
+        const std::string path        = line.substr(second + 1);
+        if (controllers.empty()) {
+            limit = cgroup_limit("/sys/fs/cgroup", path, "memory.max", limit);
+        } else if (("," + controllers + ",").find(",memory,") != std::string::npos) {
+            limit = cgroup_limit("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes", limit);
+        }
+    }
+#endif
+    return limit;
+}
+
+// Once, before the first tensor: the switch, the plain type of every entropy-coded tensor of the file, and whether all would fit.
+void llama_entropy::survey(const llama_model_loader & ml) {
+    read_mode(ml);
+    size_t n_plain = 0; // bytes of the decoded model
+    for (const auto & [name, weight] : ml.weights_map) {
+        const ggml_tensor * tensor = weight.tensor;
+        if (!ggml_entropy_is_type(tensor->type)) {
+            n_plain += ggml_nbytes(tensor);
+            continue;
+        }
+        ggml_entropy_header raw;
+        ggml_entropy_header header;
+        llama_file & file = *ml.files.at(weight.idx);
+        file.seek(weight.offs, SEEK_SET);
+        file.read_raw(&raw, sizeof(raw));
+        ggml_entropy_status status = ggml_entropy_check_header(tensor->type, tensor->ne, &raw, &header);
+        if (status == GGML_ENTROPY_OK && header.slab_size != tensor->nb[2]) {
+            status = GGML_ENTROPY_BAD_LAYOUT; // the file is not the one that gguf.cpp has read
+        }
+        if (status != GGML_ENTROPY_OK) {
+            throw_damaged(tensor, status);
+        }
+        const ggml_type plain = ggml_entropy_plain_type(&header);
+        plain_types[name] = plain;
+        n_plain += ggml_row_size(plain, tensor->ne[0])*tensor->ne[1]*tensor->ne[2];
+    }
+    // a fifth is left for the KV cache, compute buffers and the system
+    const size_t limit = memory_limit();
+    fits        = n_plain <= limit/5*4;
+    auto_reason = format("decoded, the model of %.0f MiB %s in 80 %% of %.0f MiB of memory",
+        n_plain/1024.0/1024.0, fits ? "fits" : "does not fit", limit/1024.0/1024.0);
+    surveyed = true;
+}
+
+bool llama_entropy::set_plain_type(const llama_model_loader & ml, bool reshape, ggml_tensor * tensor) {
     if (!ggml_entropy_is_type(tensor->type)) {
         return false;
     }
     if (reshape) {
         llama_entropy_check_plain(tensor, "but this model needs it in another shape");
     }
-    if (mode == MODE_UNREAD) {
-        read_mode(overrides);
+    if (!surveyed) {
+        survey(ml);
     }
-    if (!decode_at_load(tensor, nullptr)) {
-        return false;
-    }
-
-    ggml_entropy_header raw;
-    ggml_entropy_header header;
-    file.seek(offs, SEEK_SET);
-    file.read_raw(&raw, sizeof(raw));
-    ggml_entropy_status status = ggml_entropy_check_header(tensor->type, tensor->ne, &raw, &header);
-    if (status == GGML_ENTROPY_OK && header.slab_size != tensor->nb[2]) {
-        status = GGML_ENTROPY_BAD_LAYOUT; // the file is not the one that gguf.cpp has read
-    }
-    if (status != GGML_ENTROPY_OK) {
-        throw_damaged(tensor, status);
-    }
-
-    tensor->type  = ggml_entropy_plain_type(&header);
+    tensor->type  = plain_types.at(ggml_get_name(tensor));
     tensor->nb[0] = ggml_type_size(tensor->type);
     tensor->nb[1] = ggml_row_size(tensor->type, tensor->ne[0]); // ne[0] is a multiple of 32, as are all block sizes here
     tensor->nb[2] = tensor->nb[1]*tensor->ne[1];
@@ -144,16 +233,62 @@ bool llama_entropy::set_plain_type(const kv_overrides & overrides, llama_file & 
     return true;
 }
 
+// The device that computes on tensors in such buffers: the CPU on its own ones and on the host buffers of others.
+static ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+    if (device == nullptr || buft == ggml_backend_dev_host_buffer_type(device)) {
+        return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+    return device;
+}
+
+// The rule. It may look at the type, the buffer type and the settings, and at nothing else, above all not at the load mode or at free
+// memory: the memory-fit pass, which allocates nothing and maps nothing, must come to the same answer.
+bool llama_entropy::stays_coded(
+        const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
+        const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft) {
+    ggml_backend_dev_t device = device_of(*buft);
+    const bool is_cpu = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+
+    if (mode == MODE_LOAD || (mode == MODE_AUTO && is_cpu && fits)) {
+        return false;
+    }
+    if (!ggml_backend_entropy_dev_declares(device)) {
+        if (mode == MODE_FUSED) {
+            throw std::runtime_error(format(
+                "mode fused (%s): device %s does not compute on entropy-coded tensors, and tensor '%s' belongs there: use auto or load",
+                mode_origin.c_str(), ggml_backend_dev_name(device), ggml_get_name(coded)));
+        }
+        return false;
+    }
+    // the payload may need another buffer type, for example because the plain type would be repacked; but it does not change the device
+    ggml_tensor meta = *coded;
+    ggml_backend_buffer_type_t coded_buft = nullptr;
+    try {
+        coded_buft = choose_buft(&meta);
+    } catch (const std::runtime_error &) {
+        return false; // no device computes this op on it
+    }
+    if (coded_buft == nullptr || device_of(coded_buft) != device || (is_cpu && !ggml_backend_buft_is_host(coded_buft))) {
+        return false;
+    }
+    *buft = coded_buft;
+    if (fused.device.empty()) {
+        fused.device = ggml_backend_dev_name(device);
+    }
+    return true;
+}
+
 // ---- decoding ----------------------------------------------------------------------------------------------------------------------
 
-// Decode the validated payload of src into rows of type plain, with up to n_threads threads. Returns the threads used.
-static int decode_slabs(const ggml_tensor * src, const uint8_t * data, ggml_type plain, uint8_t * dst, bool check, ggml_entropy_status * result) {
+// Decode the validated payload of src into rows of type plain, or verify it (dst is nullptr), with several threads. Returns their number.
+static int decode_slabs(const ggml_tensor * src, const uint8_t * data, ggml_type plain, uint8_t * dst, bool verify, ggml_entropy_status * result) {
     const int64_t n_cols  = src->ne[0];
     const int64_t n_rows  = src->ne[1];
     const int64_t n_slabs = src->ne[2];
     const size_t  slab    = src->nb[2];
 
-    const size_t  row_size = ggml_row_size(plain, n_cols);
+    const size_t  row_size = dst == nullptr ? 0 : ggml_row_size(plain, n_cols);
     const int64_t n_groups = (n_rows + GGML_ENTROPY_LANES - 1)/GGML_ENTROPY_LANES;
     const int64_t step     = std::max<int64_t>(1, CHUNK_WEIGHTS/(GGML_ENTROPY_LANES*n_cols)); // row groups of a chunk
     const int64_t n_steps  = (n_groups + step - 1)/step;                                      // chunks of a slab
@@ -170,16 +305,16 @@ static int decode_slabs(const ggml_tensor * src, const uint8_t * data, ggml_type
 
             ggml_entropy_view view;
             ggml_entropy_status status = ggml_entropy_open(data + i_slab*slab, slab, &view);
-            if (check && group0 == 0 && status == GGML_ENTROPY_OK) {
+            if (verify && group0 == 0 && status == GGML_ENTROPY_OK) {
                 status = ggml_entropy_verify_hash(&view);
                 if (status == GGML_ENTROPY_OK) {
                     status = ggml_entropy_verify_padding(&view);
                 }
             }
-            if (check && status == GGML_ENTROPY_OK) {
+            if (verify && status == GGML_ENTROPY_OK) {
                 status = ggml_entropy_verify_groups(&view, group0, group1);
             }
-            if (status == GGML_ENTROPY_OK) {
+            if (dst != nullptr && status == GGML_ENTROPY_OK) {
                 status = ggml_entropy_decode_groups_plain(&view, group0, group1, dst + (i_slab*n_rows + group0*GGML_ENTROPY_LANES)*row_size);
             }
             if (status != GGML_ENTROPY_OK) {
@@ -224,7 +359,62 @@ static void drop_pages(const uint8_t * data, size_t n_bytes) {
 #endif
 }
 
-void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
+// ---- loading -----------------------------------------------------------------------------------------------------------------------
+
+// Headers, tables and index of all slabs; with check also hash, padding and every code.
+static ggml_entropy_status validate(const ggml_tensor * src, const uint8_t * coded, bool check) {
+    ggml_entropy_status status = ggml_entropy_validate(src->type, src->ne, coded, ggml_nbytes(src));
+    if (status == GGML_ENTROPY_OK) {
+        ggml_entropy_header header;
+        status = ggml_entropy_check_header(src->type, src->ne, coded, &header);
+        if (status == GGML_ENTROPY_OK && header.slab_size != src->nb[2]) {
+            status = GGML_ENTROPY_BAD_MODE; // the file changed since survey
+        }
+    }
+    if (status == GGML_ENTROPY_OK && check) {
+        decode_slabs(src, coded, GGML_TYPE_COUNT, nullptr, true, &status);
+    }
+    return status;
+}
+
+bool llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
+    if (!ggml_entropy_is_type(src->type)) {
+        return false;
+    }
+    if (ggml_entropy_is_type(dst->type)) {
+        return load_coded(src, dst, mapped, file, offs, check);
+    }
+    load_decoded(src, dst, mapped, file, offs, check);
+    return true;
+}
+
+bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
+    const size_t n_coded = ggml_nbytes(src);
+    std::vector<no_init<uint8_t>> staged;
+    const uint8_t * coded = mapped;
+    if (coded == nullptr) {
+        uint8_t * to = (uint8_t *) dst->data;
+        if (!ggml_backend_buffer_is_host(dst->buffer)) {
+            staged.resize(n_coded);
+            to = (uint8_t *) staged.data();
+        }
+        file.seek(offs, SEEK_SET);
+        file.read_raw(to, n_coded);
+        coded = to;
+    }
+    const ggml_entropy_status status = validate(src, coded, check);
+    if (status != GGML_ENTROPY_OK) {
+        throw_damaged(src, status);
+    }
+    if (!staged.empty()) {
+        ggml_backend_tensor_set(dst, coded, 0, n_coded);
+    }
+    fused.n_tensors++;
+    fused.n_coded += n_coded;
+    return mapped == nullptr;
+}
+
+void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
     const int64_t t_start = ggml_time_us();
     const size_t  n_coded = ggml_nbytes(src);
     const size_t  n_plain = ggml_nbytes(dst);
@@ -243,13 +433,9 @@ void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
         coded = (const uint8_t *) coded_buf.data();
     }
 
-    ggml_entropy_status status = ggml_entropy_validate(src->type, src->ne, coded, n_coded);
-    if (status == GGML_ENTROPY_OK) {
-        ggml_entropy_header header;
-        status = ggml_entropy_check_header(src->type, src->ne, coded, &header);
-        if (status == GGML_ENTROPY_OK && (ggml_entropy_plain_type(&header) != dst->type || header.slab_size != src->nb[2])) {
-            status = GGML_ENTROPY_BAD_MODE; // the file changed since set_plain_type
-        }
+    ggml_entropy_status status = validate(src, coded, check);
+    if (status == GGML_ENTROPY_OK && ggml_entropy_plain_type((const ggml_entropy_header *) coded) != dst->type) {
+        status = GGML_ENTROPY_BAD_MODE; // the file changed since survey
     }
     if (status != GGML_ENTROPY_OK) {
         throw_damaged(src, status);
@@ -259,7 +445,7 @@ void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
     std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
     uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
 
-    const int n_threads = decode_slabs(src, coded, dst->type, plain, check, &status);
+    const int n_threads = decode_slabs(src, coded, dst->type, plain, false, &status);
     if (status == GGML_ENTROPY_OK && check && !ggml_validate_row_data(dst->type, plain, n_plain)) {
         status = GGML_ENTROPY_BAD_SCALE; // a weight of F16 may overflow
     }
@@ -273,16 +459,31 @@ void llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
         drop_pages(mapped, n_coded);
     }
 
-    n_tensors++;
-    n_threads_max  = std::max(n_threads_max, n_threads);
-    n_bytes_coded += n_coded;
-    n_bytes_plain += n_plain;
-    seconds       += (ggml_time_us() - t_start)/1e6;
+    decoded.n_tensors++;
+    decoded.n_threads = std::max(decoded.n_threads, n_threads);
+    decoded.n_coded  += n_coded;
+    decoded.n_plain  += n_plain;
+    decoded.seconds  += (ggml_time_us() - t_start)/1e6;
+}
+
+std::string llama_entropy::reason() const {
+    switch (mode) {
+        case MODE_LOAD:  return "load: " + mode_origin;
+        case MODE_FUSED: return "fused: " + mode_origin;
+        default:         return "auto: " + auto_reason;
+    }
 }
 
 void llama_entropy::log_summary() const {
-    if (n_tensors > 0) {
+    if (decoded.n_tensors > 0) {
         LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads (mode %s)\n", "llama_entropy",
-            n_tensors, n_bytes_coded/1024.0/1024.0, n_bytes_plain/1024.0/1024.0, seconds, n_threads_max, mode_reason.c_str());
+            decoded.n_tensors, decoded.n_coded/1024.0/1024.0, decoded.n_plain/1024.0/1024.0, decoded.seconds, decoded.n_threads,
+            reason().c_str());
+    }
+    if (fused.n_tensors > 0) {
+        ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        const auto kernel = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_entropy_kernel");
+        LLAMA_LOG_INFO("%s: %d entropy-coded tensors, %.2f MiB, stay as they are; computed by %s, CPU kernel %s (mode %s)\n", "llama_entropy",
+            fused.n_tensors, fused.n_coded/1024.0/1024.0, fused.device.c_str(), kernel != nullptr ? kernel() : "none", reason().c_str());
     }
 }

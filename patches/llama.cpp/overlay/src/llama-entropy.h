@@ -3,11 +3,12 @@
 // Entropy-coded tensors (EQ8, EQ4) in the model loader.
 //
 // A tensor can live in memory in two ways. Load mode: validated and decoded once, while the model is loaded, into the stock type that
-// holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: the payload stays as it is and the
-// kernels decode; no device declares support for that yet, so it is refused. llama_entropy::decode_at_load is the one place that decides.
+// holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: the payload stays as it is, mapped
+// from the file if the model is, and the device's kernels decode it. llama_entropy::stays_coded is the one place that decides.
 //
-// How it hangs together: create_tensor asks set_plain_type, which turns the tensor's meta data into the plain type before a buffer
-// type is chosen; such tensors go into contexts of their own, which are never mapped (ctx_key::decoded). load_all_data then calls load.
+// How it hangs together: create_tensor first asks set_plain_type, which turns the tensor's meta data into the plain type, chooses a buffer type
+// for that, and then asks stays_coded whether to go back to the coded type. Tensors to be decoded go into contexts of their own, which are never
+// mapped (ctx_key::decoded). load_all_data calls load for both kinds.
 // Progress and totals count bytes of the file throughout; only the buffers know the decoded size.
 //
 // A file is hostile until ggml_entropy_validate has seen it: load calls it for every tensor, whatever --check-tensors says.
@@ -16,12 +17,16 @@
 
 #include "llama.h"
 
+#include "ggml-backend.h"
+
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <unordered_map>
 
 struct llama_file;
+struct llama_model_loader;
 
 // Is dst, a tensor of the model, to be decoded from src, its weight in the file (may be nullptr)?
 bool llama_entropy_is_decoded(const ggml_tensor * src, const ggml_tensor * dst);
@@ -32,33 +37,57 @@ void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
 // The same for llama-quantize, which can neither read nor write these types.
 void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target);
 
+// All weights of a validated payload as floats, row by row. False if type is not entropy-coded.
+bool llama_entropy_to_float(ggml_type type, const void * data, size_t n_bytes, float * out);
+
 struct llama_entropy {
-    using kv_overrides = std::unordered_map<std::string, llama_model_kv_override>;
-
     // GGML_ENTROPY_MODE in the environment, or the metadata override entropy.mode, which wins.
-    enum mode_t { MODE_UNREAD, MODE_AUTO, MODE_LOAD, MODE_FUSED };
+    enum mode_t { MODE_AUTO, MODE_LOAD, MODE_FUSED };
 
-    // If tensor, a copy of the file's, is to be decoded at load: give it the plain type and its strides, and return true.
-    // Reads the header again, from file at offs. Throws on a bad switch or header, and if the model wants another shape than the file's.
-    bool set_plain_type(const kv_overrides & overrides, llama_file & file, size_t offs, bool reshape, ggml_tensor * tensor);
+    // If tensor, a copy of the file's, is entropy-coded: give it the plain type and its strides, and return true.
+    // Throws on a bad switch or header, and if the model wants another shape than the file's (reshape).
+    bool set_plain_type(const llama_model_loader & ml, bool reshape, ggml_tensor * tensor);
 
-    // Validate the payload of src, decode it into dst, which was made by set_plain_type. mapped: the payload in memory, or nullptr to read
-    // it from file at offs. check: also verify hash and bitstream. Throws with the tensor's name, the reason and the remedy.
-    void load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
+    // The rule (docs/runtime-modes.md). coded: the tensor as in the file; *buft: the buffer type that its plain type gets.
+    // If it is to stay coded, *buft becomes the buffer type for the payload, as choose_buft finds it. Throws if the switch asks for what the
+    // device cannot do.
+    bool stays_coded(
+        const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
+        const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft);
 
-    // One line about what load did, if it did anything.
+    // Bring the payload of src to dst if it is entropy-coded: validate it, then decode it if dst has the plain type. mapped: the payload
+    // in memory, or nullptr to read it from file at offs. check: also verify hash and bitstream. Throws with the tensor's name, the reason and the
+    // remedy. False if the caller has to go on: src is of a stock type, or mapped is valid and is to be mapped or copied to dst.
+    bool load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
+
+    // One line about what was decoded and one about what stayed, if anything.
     void log_summary() const;
 
 private:
-    mode_t      mode = MODE_UNREAD;
-    std::string mode_reason;
+    bool        surveyed    = false;
+    mode_t      mode        = MODE_AUTO;
+    std::string mode_origin;            // who chose it
+    std::string auto_reason;            // why auto answers for the CPU as it does
+    bool        fits        = true;     // would all tensors fit in the CPU's memory, decoded?
+    std::unordered_map<std::string, ggml_type> plain_types; // of the entropy-coded tensors of the file
 
-    int    n_tensors     = 0;
-    int    n_threads_max = 0;
-    size_t n_bytes_coded = 0;
-    size_t n_bytes_plain = 0;
-    double seconds       = 0;
+    struct {
+        int    n_tensors = 0;
+        size_t n_coded   = 0; // bytes
+        size_t n_plain   = 0;
+        int    n_threads = 0; // most
+        double seconds   = 0;
+    } decoded;
 
-    void read_mode(const kv_overrides & overrides);
-    bool decode_at_load(const ggml_tensor * tensor, ggml_backend_buffer_type_t buft) const;
+    struct {
+        int    n_tensors = 0;
+        size_t n_coded   = 0;
+        std::string device;
+    } fused;
+
+    void survey(const llama_model_loader & ml);
+    void read_mode(const llama_model_loader & ml);
+    bool load_coded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
+    void load_decoded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
+    std::string reason() const;
 };

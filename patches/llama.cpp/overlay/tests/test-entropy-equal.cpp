@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
 // Load mode computes what the stock types compute: compare a GGUF with entropy-coded tensors with one that holds the same weights in the
-// stock types they decode to (`entrollm decode` makes it).
+// stock types they decode to (`entrollm decode` makes it). And fused mode computes the same however the file is loaded.
 //
-//   test-entropy-equal CODED.gguf PLAIN.gguf
+//   test-entropy-equal CODED.gguf PLAIN.gguf [MAX_NMSE]
 //
-// The decoded bytes are the same, so the same kernels run and the logits must be bit-identical: for a prompt and for single tokens, in every
+// In load mode the decoded bytes are the same, so the same kernels run and the logits must be bit-identical: for a prompt and for single tokens, in every
 // way to load (mmap, read, mlock, direct I/O, FILE *), with and without repacking. Then the switch entropy.mode: what it accepts and
 // what it refuses; progress, which must rise to 1 and count bytes of the file; and cancelling.
 //
@@ -78,6 +78,18 @@ static void check_equal(const char * coded, const char * plain, const std::strin
     check(!a.empty() && a.size() == b.size() && memcmp(a.data(), b.data(), a.size()*sizeof(float)) == 0, what);
 }
 
+static void set_env(const char * name, const char * value) {
+#ifdef _WIN32
+    _putenv_s(name, value);
+#else
+    setenv(name, value, 1);
+#endif
+}
+
+static void set_mode(const char * value) {
+    set_env("GGML_ENTROPY_MODE", value);
+}
+
 static llama_model_kv_override make_override(const char * key, const char * value) {
     llama_model_kv_override o = {};
     o.tag = LLAMA_KV_OVERRIDE_TYPE_STR;
@@ -96,17 +108,55 @@ static void check_override(const char * coded, const char * what, const llama_mo
     llama_model_free(model);
 }
 
-static void set_mode(const char * value) {
-#ifdef _WIN32
-    _putenv_s("GGML_ENTROPY_MODE", value);
-#else
-    setenv("GGML_ENTROPY_MODE", value, 1);
-#endif
+// Fused mode: close to the stock types without repacking, and bit-identical in every way to load. auto comes to it if memory is short.
+static void check_fused(const char * coded, const char * plain, double max_nmse, const loader & load) {
+    llama_model_params params = llama_model_default_params();
+    params.n_gpu_layers    = 0;
+    params.use_extra_bufts = false;
+    set_mode("load");
+    const std::vector<float> stock = logits_of(plain, load, params);
+    set_mode("fused");
+    params.load_mode = LLAMA_LOAD_MODE_MMAP;
+    const std::vector<float> fused = logits_of(coded, load, params);
+
+    double error = 0.0;
+    double power = 0.0;
+    for (size_t i = 0; i < stock.size() && i < fused.size(); i++) {
+        error += ((double) fused[i] - stock[i])*((double) fused[i] - stock[i]);
+        power += (double) stock[i]*stock[i];
+    }
+    printf("NMSE of fused logits: %.3g\n", error/power);
+    check(!fused.empty() && fused.size() == stock.size() && error <= max_nmse*power, "fused logits are close to those of stock types");
+
+    const auto check_same = [&](const std::string & what) {
+        const std::vector<float> other = logits_of(coded, load, params);
+        check(fused.size() == other.size() && memcmp(fused.data(), other.data(), fused.size()*sizeof(float)) == 0, "fused, " + what);
+    };
+    params.use_extra_bufts = true;
+    check_same("with repacking allowed");
+    for (const llama_load_mode mode : { LLAMA_LOAD_MODE_NONE, LLAMA_LOAD_MODE_MLOCK, LLAMA_LOAD_MODE_MMAP_MLOCK, LLAMA_LOAD_MODE_DIRECT_IO }) {
+        params.load_mode = mode;
+        check_same(llama_load_mode_name(mode));
+    }
+    for (const llama_load_mode mode : { LLAMA_LOAD_MODE_NONE, LLAMA_LOAD_MODE_MMAP }) {
+        params.load_mode     = mode;
+        params.check_tensors = true;
+        check_same(std::string("check_tensors, ") + llama_load_mode_name(mode));
+        params.check_tensors = false;
+    }
+
+    set_mode("auto");
+    set_env("GGML_ENTROPY_MEMORY_MIB", "0.01");
+    check_same("chosen by auto where the decoded model does not fit");
+    set_env("GGML_ENTROPY_MEMORY_MIB", "x");
+    check(logits_of(coded, load, params).empty(), "memory must be a number");
+    set_env("GGML_ENTROPY_MEMORY_MIB", "");
+    set_mode("load");
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 3) {
-        fprintf(stderr, "usage: %s CODED.gguf PLAIN.gguf\n", argv[0]);
+    if (argc != 3 && argc != 4) {
+        fprintf(stderr, "usage: %s CODED.gguf PLAIN.gguf [MAX_NMSE]\n", argv[0]);
         return 1;
     }
     const char * coded = argv[1];
@@ -116,7 +166,7 @@ int main(int argc, char ** argv) {
     if (getenv("TEST_ENTROPY_VERBOSE") == nullptr) {
         llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     }
-    set_mode("");
+    set_mode("load");
     llama_backend_init();
 
     llama_model_params params = llama_model_default_params();
@@ -153,10 +203,13 @@ int main(int argc, char ** argv) {
         params.check_tensors = false;
     }
 
+    check_fused(coded, plain, argc == 4 ? atof(argv[3]) : 0.0, from_path);
+
     // the switch
+    set_mode("");
     check_override(coded, "entropy.mode = auto",      make_override("entropy.mode", "auto"),  true);
     check_override(coded, "entropy.mode = load",      make_override("entropy.mode", "load"),  true);
-    check_override(coded, "entropy.mode = fused",     make_override("entropy.mode", "fused"), false);
+    check_override(coded, "entropy.mode = fused",     make_override("entropy.mode", "fused"), true);
     check_override(coded, "entropy.mode = nonsense",  make_override("entropy.mode", "x"),     false);
     check_override(plain, "a file without such tensors does not care", make_override("entropy.mode", "x"), true);
     llama_model_kv_override number = {};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Which devices may see entropy-coded tensors. Included by ggml-backend.cpp only.
+// Which devices may see entropy-coded tensors. Included by ggml-backend.cpp and the model loader.
 //
 // Many backends answer supports_op by the op and the float types around it and take any type of weight: Metal for MUL_MAT and GET_ROWS, RPC
 // for everything, the CPU for most. They would read an entropy-coded payload as rows. So ggml_backend_dev_supports_op, the one function
@@ -8,8 +8,8 @@
 //
 //     bool ggml_backend_entropy_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op)
 //
-// through ggml_backend_reg_get_proc_address; then the answer is that function's, and the device's own supports_op is not asked.
-// No registry exports it yet: the function comes with the first fused kernels.
+// through ggml_backend_reg_get_proc_address; then the answer is that function's, and the device's own supports_op is not asked. The CPU's does
+// (ggml-cpu/entropy/entropy-cpu.cpp).
 
 #pragma once
 
@@ -18,7 +18,7 @@
 
 typedef bool (*ggml_backend_entropy_supports_op_t)(ggml_backend_dev_t device, const struct ggml_tensor * op);
 
-static bool ggml_backend_entropy_is_in_op(const struct ggml_tensor * op) {
+static inline bool ggml_backend_entropy_is_in_op(const struct ggml_tensor * op) {
     if (ggml_entropy_is_type(op->type)) {
         return true;
     }
@@ -30,9 +30,18 @@ static bool ggml_backend_entropy_is_in_op(const struct ggml_tensor * op) {
     return false;
 }
 
-static bool ggml_backend_entropy_dev_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op) {
+static inline ggml_backend_entropy_supports_op_t ggml_backend_entropy_dev_get(ggml_backend_dev_t device) {
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(device);
-    const auto fn = reg == nullptr ? nullptr :
+    return reg == nullptr ? nullptr :
         (ggml_backend_entropy_supports_op_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_supports_op");
-    return fn != nullptr && fn(device, op);
+}
+
+// Does the device compute on entropy-coded tensors, in some ops at least?
+static inline bool ggml_backend_entropy_dev_declares(ggml_backend_dev_t device) {
+    return ggml_backend_entropy_dev_get(device) != nullptr;
+}
+
+static inline bool ggml_backend_entropy_dev_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op) {
+    const auto supports_op = ggml_backend_entropy_dev_get(device);
+    return supports_op != nullptr && supports_op(device, op);
 }

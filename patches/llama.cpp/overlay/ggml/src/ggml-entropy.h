@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Codec of the entropy-coded tensor types EQ8 and EQ4: plan, encode, decode, validate, verify.
-// The bit layout is specified in docs/format.md of EntroLLM-GGUF; nothing outside ggml-entropy.c knows it.
+// The bit layout is specified in docs/format.md of EntroLLM-GGUF; nothing outside these files and the kernels knows it.
 //
 // In one paragraph: a slab is one matrix. Its rows are cut into groups of 32, its columns into slices of tile_cols; a tile is one
 // group x one slice. Each row of a tile is a lane with a bitstream of its own, and word j of all lanes stands together ("word row" j,
@@ -13,7 +13,7 @@
 // - Functions return a status; memory is the caller's. A view borrows the slab's memory.
 // - Decoding a *validated* slab is memory-safe for any bitstream; decoding an unvalidated one is not allowed.
 //
-// Where to start: ggml_entropy_validate, then ggml_entropy_decode_groups, in ggml-entropy.c.
+// Where to start: ggml_entropy_validate, then ggml_entropy_decode_lanes, in ggml-entropy.c. Writing is in ggml-entropy-encode.c.
 
 #pragma once
 
@@ -132,6 +132,9 @@ GGML_API enum ggml_entropy_status ggml_entropy_validate(enum ggml_type type, con
 // The same without the GGUF's shape, for ggml_validate_row_data; data holds whole slabs.
 GGML_API enum ggml_entropy_status ggml_entropy_validate_slabs(enum ggml_type type, const void * data, size_t n_bytes);
 
+// The same for one slab of at most n_bytes bytes; fills view.
+GGML_API enum ggml_entropy_status ggml_entropy_validate_slab(const void * slab, size_t n_bytes, struct ggml_entropy_view * view);
+
 // Hash of one validated slab.
 GGML_API enum ggml_entropy_status ggml_entropy_verify_hash(const struct ggml_entropy_view * view);
 
@@ -149,6 +152,25 @@ GGML_API enum ggml_entropy_status ggml_entropy_decode_groups(
 // The same, into rows of the stock type ggml_entropy_plain_type names. dst points at row 32 * group0.
 GGML_API enum ggml_entropy_status ggml_entropy_decode_groups_plain(
         const struct ggml_entropy_view * view, int64_t group0, int64_t group1, void * dst);
+
+// A tile on its way from bitstream to weights: scratch of one thread, owned by the caller, 66 KB.
+struct ggml_entropy_tile {
+    uint32_t words  [GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_LANE_WORDS + 2]; // lanes, contiguous, two zero words behind each
+    uint8_t  symbols[GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_TILE_COLS];      // EQ8: one a column; EQ4: one for two columns
+};
+
+// Symbols of the lanes [lane0, lane1) of one tile of a validated slab into tile->symbols. The lanes exist: lane1 <= rows of the group.
+GGML_API void ggml_entropy_decode_lanes(
+        const struct ggml_entropy_view * view, int64_t group, int64_t slice, int lane0, int lane1, struct ggml_entropy_tile * tile);
+
+// Symbols of these lanes into the columns of their slice of rows of type F32 or the plain type; or of Q8_0 (EQ8) and Q4_0 (EQ4) whatever
+// the offsets, which are then left out. dst points at column 0 of lane0's row; rows are row_size bytes apart.
+GGML_API void ggml_entropy_tile_rows(
+        const struct ggml_entropy_view * view, int64_t group, int64_t slice, int lane0, int lane1, const struct ggml_entropy_tile * tile,
+        enum ggml_type type, void * dst, size_t row_size);
+
+// Offset of a row; 0 if the slab has none.
+GGML_API float ggml_entropy_row_offset(const struct ggml_entropy_view * view, int64_t row);
 
 // ---- writing ---------------------------------------------------------------------------------------------------------------------
 

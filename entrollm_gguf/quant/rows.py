@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""Beyond the paper: signed codes around zero with a scale for each row, exact as Q8_0 or Q4_0 (design: symmetric grids need no offset)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, map_chunks, n_bits
+
+
+def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
+    """w = scale[row] * q, |q| <= 2^(b-1) - 1, the scale from the row's largest magnitude, rounded up to an f16.
+
+    Args:
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+        QuantizeError: a row is too large for an f16 scale.
+    """
+    top = (1 << (n_bits(kind) - 1)) - 1
+    n_cols = weights.shape[-1]
+    flat = weights.reshape(-1, n_cols)
+    codes = np.empty(flat.shape, np.int8)
+    scales = np.empty(len(flat), np.float16)
+
+    def part(s: slice) -> None:
+        x = flat[s].astype(np.float32)
+        largest = np.abs(x).max(axis=1) / np.float32(top)
+        if not np.isfinite(largest).all():
+            raise NotFiniteError("a weight is NaN or infinite")
+        scale = _f16_not_below(largest)
+        scales[s] = scale
+        # a row of zeros has scale 0 and codes 0
+        x /= np.where(scale > 0, scale, 1).astype(np.float32)[:, None]
+        np.rint(x, out=x)
+        codes[s] = np.clip(x, -top, top, out=x)
+
+    map_chunks(part, len(flat), threads, n_cols)
+    n_slabs = weights.shape[0] if weights.ndim == 3 else 1
+    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, "symmetric-rows")
+
+
+def _f16_not_below(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        value = x.astype(np.float16)
+    value = np.where(value.astype(np.float32) < x, np.nextafter(value, np.float16(np.inf)), value)
+    if not np.isfinite(value).all():
+        raise QuantizeError("the weights are too large for an f16 scale")
+    return value

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+//
+// Table of levels and the choice among them; see entropy-kernel.h.
+
+#include "entropy-kernel.h"
+
+#include "ggml-impl.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+static constexpr const char * ENV_KERNEL = "GGML_ENTROPY_KERNEL";
+
+static const std::vector<ggml_entropy_kernel> & kernels() {
+    static const std::vector<ggml_entropy_kernel> table = {
+        ggml_entropy_kernel_generic(),
+        ggml_entropy_kernel_ref(),
+    };
+    return table;
+}
+
+const ggml_entropy_kernel * ggml_entropy_kernel_find(const char * name) {
+    for (const auto & kernel : kernels()) {
+        if (std::strcmp(kernel.name, name) == 0) {
+            return &kernel;
+        }
+    }
+    return nullptr;
+}
+
+static const ggml_entropy_kernel & choose() {
+    const auto & best = kernels().front();
+    const char * name = std::getenv(ENV_KERNEL);
+    if (name == nullptr || name[0] == '\0') {
+        return best;
+    }
+    if (const auto * forced = ggml_entropy_kernel_find(name)) {
+        return *forced;
+    }
+    std::string known;
+    for (const auto & kernel : kernels()) {
+        known += std::string(" ") + kernel.name;
+    }
+    GGML_LOG_WARN("%s=%s: there is no such kernel level here, using %s (there are:%s)\n", ENV_KERNEL, name, best.name, known.c_str());
+    return best;
+}
+
+const ggml_entropy_kernel & ggml_entropy_kernel_active() {
+    static const ggml_entropy_kernel & active = choose();
+    return active;
+}

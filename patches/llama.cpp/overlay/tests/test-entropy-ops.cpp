@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+//
+// Runs ops with entropy-coded weights on the CPU backend, for whoever knows the right results (tests/cross/test_fused_ops.py).
+//
+//   test-entropy-ops CASES.gguf OUT.f32 [N_THREADS...]
+//
+// CASES.gguf holds for case i = 0, 1, ... the tensors "i.w" (weights, any type), "i.x" (F32: MUL_MAT, or MUL_MAT_ID if there is "i.ids" too) or
+// "i.ids" alone (I32: GET_ROWS). OUT.f32 receives the results one after the other, as floats. Every case runs with each number of
+// threads (default 1) and twice with each; all results must be equal, bit by bit: a group of rows is one thread's work whoever gets it.
+// GGML_ENTROPY_KERNEL selects the kernel level; its name is printed.
+
+#include "ggml.h"
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "gguf.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+[[noreturn]] static void fail(const std::string & what) {
+    fprintf(stderr, "test-entropy-ops: %s\n", what.c_str());
+    exit(1);
+}
+
+struct case_file {
+    ggml_context        * ctx  = nullptr;
+    gguf_context        * gguf = nullptr;
+    ggml_backend_buffer_t buffer = nullptr;
+
+    case_file(const char * path, ggml_backend_t backend) {
+        gguf_init_params params = { /*.no_alloc =*/ true, /*.ctx =*/ &ctx };
+        gguf = gguf_init_from_file(path, params);
+        if (gguf == nullptr) {
+            fail(std::string(path) + ": cannot be read");
+        }
+        buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+        FILE * f = fopen(path, "rb");
+        std::vector<char> data;
+        for (int64_t i = 0; i < gguf_get_n_tensors(gguf); i++) {
+            ggml_tensor * tensor = ggml_get_tensor(ctx, gguf_get_tensor_name(gguf, i));
+            data.resize(ggml_nbytes(tensor));
+            if (fseek(f, (long) (gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i)), SEEK_SET) != 0
+                    || fread(data.data(), 1, data.size(), f) != data.size()) {
+                fail(std::string(path) + ": truncated");
+            }
+            ggml_backend_tensor_set(tensor, data.data(), 0, data.size());
+        }
+        fclose(f);
+    }
+
+    ~case_file() {
+        ggml_backend_buffer_free(buffer);
+        ggml_free(ctx);
+        gguf_free(gguf);
+    }
+
+    ggml_tensor * find(int i, const char * part) const {
+        return ggml_get_tensor(ctx, (std::to_string(i) + "." + part).c_str());
+    }
+};
+
+static std::vector<float> run(const case_file & cases, int i, ggml_backend_t backend) {
+    ggml_init_params params = { ggml_tensor_overhead()*8 + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+    ggml_context * ctx = ggml_init(params);
+    ggml_tensor * w   = cases.find(i, "w");
+    ggml_tensor * x   = cases.find(i, "x");
+    ggml_tensor * ids = cases.find(i, "ids");
+    ggml_tensor * out = x == nullptr ? ggml_get_rows(ctx, w, ids) : ids == nullptr ? ggml_mul_mat(ctx, w, x) : ggml_mul_mat_id(ctx, w, x, ids);
+    if (!ggml_backend_supports_op(backend, out)) {
+        fail("case " + std::to_string(i) + ": the backend does not support it");
+    }
+    ggml_cgraph * graph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, out);
+    ggml_gallocr_t alloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend));
+    if (!ggml_gallocr_alloc_graph(alloc, graph) || ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
+        fail("case " + std::to_string(i) + ": cannot be computed");
+    }
+    std::vector<float> result(ggml_nelements(out));
+    ggml_backend_tensor_get(out, result.data(), 0, ggml_nbytes(out));
+    ggml_gallocr_free(alloc);
+    ggml_free(ctx);
+    return result;
+}
+
+int main(int argc, char ** argv) {
+    if (argc < 3) {
+        fprintf(stderr, "usage: %s CASES.gguf OUT.f32 [N_THREADS...]\n", argv[0]);
+        return 1;
+    }
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_reg_t reg    = ggml_backend_dev_backend_reg(device);
+    ggml_backend_t     cpu    = ggml_backend_dev_init(device, nullptr);
+    const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    const auto kernel = (const char * (*)()) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_kernel");
+
+    std::vector<int> thread_counts;
+    for (int i = 3; i < argc; i++) {
+        thread_counts.push_back(atoi(argv[i]));
+    }
+    if (thread_counts.empty()) {
+        thread_counts.push_back(1);
+    }
+
+    const case_file cases(argv[1], cpu);
+    FILE * out = fopen(argv[2], "wb");
+    if (out == nullptr) {
+        fail(std::string(argv[2]) + ": cannot be written");
+    }
+    int n_cases = 0;
+    for (; cases.find(n_cases, "w") != nullptr; n_cases++) {
+        std::vector<float> first;
+        for (const int n_threads : thread_counts) {
+            set_n_threads(cpu, n_threads);
+            for (int repeat = 0; repeat < 2; repeat++) {
+                const std::vector<float> result = run(cases, n_cases, cpu);
+                if (first.empty()) {
+                    first = result;
+                } else if (memcmp(first.data(), result.data(), first.size()*sizeof(float)) != 0) {
+                    fail("case " + std::to_string(n_cases) + ": another result with " + std::to_string(n_threads) + " threads");
+                }
+            }
+        }
+        fwrite(first.data(), sizeof(float), first.size(), out);
+    }
+    if (fclose(out) != 0 || n_cases == 0) {
+        fail("nothing was written");
+    }
+    ggml_backend_free(cpu);
+    printf("kernel %s, %d cases\n", kernel(), n_cases);
+    return 0;
+}
