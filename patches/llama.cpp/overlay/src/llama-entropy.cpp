@@ -69,18 +69,19 @@ bool llama_entropy_to_float(ggml_type type, const void * data, size_t n_bytes, f
     if (!ggml_entropy_is_type(type)) {
         return false;
     }
-    const auto tile = std::make_unique<ggml_entropy_tile>();
+    const auto decoder = std::make_unique<ggml_entropy_decoder>();
     ggml_entropy_view view;
     for (size_t at = 0; at < n_bytes; at += view.header->slab_size) {
         if (ggml_entropy_open((const uint8_t *) data + at, n_bytes - at, &view) != GGML_ENTROPY_OK) {
             return false;
         }
+        ggml_entropy_decoder_open(decoder.get(), &view);
         const int64_t n_cols = view.header->n_cols;
         for (int64_t group = 0; group < view.n_groups; group++) {
             const int n_lanes = (int) std::min<int64_t>(GGML_ENTROPY_LANES, view.header->n_rows - group*GGML_ENTROPY_LANES);
             for (int64_t slice = 0; slice < view.n_slices; slice++) {
-                ggml_entropy_decode_lanes(&view, group, slice, 0, n_lanes, tile.get());
-                ggml_entropy_tile_rows(&view, group, slice, 0, n_lanes, tile.get(), GGML_TYPE_F32, out, n_cols*sizeof(float));
+                ggml_entropy_decoder_lanes(decoder.get(), group, slice, 0, n_lanes);
+                ggml_entropy_decoder_rows(decoder.get(), group, slice, 0, n_lanes, GGML_TYPE_F32, out, n_cols*sizeof(float));
             }
             out += n_lanes*n_cols;
         }

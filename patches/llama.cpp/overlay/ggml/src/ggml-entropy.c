@@ -321,12 +321,51 @@ enum ggml_entropy_status ggml_entropy_validate_slabs(enum ggml_type type, const 
 }
 
 // ---- decoding ----------------------------------------------------------------------------------------------------------------------
+//
+// A lane is decoded through windows: 57 bits or more from any bit position, left-aligned. The table of runs takes RUN_BITS of a window and
+// gives all symbols that end within them, at most four: at 5.3 bits per symbol that is 1.6 symbols a look-up, at 3 bits 3.2. What it cannot
+// tell, a code longer than RUN_BITS, goes through the slab's own table. Measured against one symbol per look-up (bench/results): 1.9 times as
+// fast at 5.3 bits, 3.3 times at 3.
 
-// Undo the word-row interleave of a tile. Returns the words behind its last word.
-static const uint32_t * gather_tile(const struct ggml_entropy_view * v, struct tile_ref ref, struct ggml_entropy_tile * tile) {
-    uint32_t (* words)[GGML_ENTROPY_MAX_LANE_WORDS + 2] = tile->words;
-    const uint32_t * src     = v->bitstream + v->word_offsets[ref.tile];
-    const uint8_t  * n_words = v->lane_words + ref.tile * LANES;
+#define RUN_BITS    GGML_ENTROPY_RUN_BITS
+#define RUN_SYMBOLS 4
+#define STEP_RUNS   4                        // look-ups per window: 4 * RUN_BITS = 44 of its 57 bits
+#define STEP_MAX    (STEP_RUNS*RUN_SYMBOLS)  // symbols they give at most
+
+// A run: bits used 0..5, number of symbols 8..10, symbols 32..63, the first one lowest. All zero: the first code does not fit.
+static uint64_t make_run(const struct ggml_entropy_entry * table, uint32_t bits) {
+    uint32_t n_bits    = 0;
+    uint32_t n_symbols = 0;
+    uint32_t symbols   = 0;
+    while (n_symbols < RUN_SYMBOLS) {
+        const struct ggml_entropy_entry entry = table[bits >> 24];
+        if (n_bits + entry.t > RUN_BITS) {
+            break;
+        }
+        symbols |= (uint32_t) (uint8_t) ((bits >> (32 - entry.t)) + entry.bias) << (8 * n_symbols);
+        bits   <<= entry.t;
+        n_bits  += entry.t;
+        n_symbols++;
+    }
+    return (uint64_t) symbols << 32 | n_symbols << 8 | n_bits;
+}
+
+void ggml_entropy_decoder_open(struct ggml_entropy_decoder * d, const struct ggml_entropy_view * view) {
+    d->view = *view;
+    for (uint32_t i = 0; i < 1u << RUN_BITS; i++) {
+        d->runs[i] = make_run(view->table, i << (32 - RUN_BITS));
+    }
+}
+
+static inline uint32_t swap_bytes(uint32_t x) {
+    return x >> 24 | (x >> 8 & 0xff00) | (x << 8 & 0xff0000) | x << 24;
+}
+
+// Undo the word-row interleave of a tile: each lane becomes a string of bytes, most significant bit first, with eight zero bytes behind.
+// Returns the words behind the tile's last.
+static const uint32_t * gather_tile(struct ggml_entropy_decoder * d, struct tile_ref ref) {
+    const uint32_t * src     = d->view.bitstream + d->view.word_offsets[ref.tile];
+    const uint8_t  * n_words = d->view.lane_words + ref.tile * LANES;
 
     int shortest = 255;
     int longest  = 0;
@@ -337,89 +376,145 @@ static const uint32_t * gather_tile(const struct ggml_entropy_view * v, struct t
     // word rows that every lane has need no test
     for (int j = 0; j < shortest; j++) {
         for (int l = 0; l < ref.n_lanes; l++) {
-            words[l][j] = *src++;
+            d->words[l][j] = swap_bytes(*src++);
         }
     }
     for (int j = shortest; j < longest; j++) {
         for (int l = 0; l < ref.n_lanes; l++) {
             if (j < n_words[l]) {
-                words[l][j] = *src++;
+                d->words[l][j] = swap_bytes(*src++);
             }
         }
     }
     for (int l = 0; l < ref.n_lanes; l++) {
-        words[l][n_words[l]]     = 0;
-        words[l][n_words[l] + 1] = 0;
+        d->words[l][n_words[l]]     = 0;
+        d->words[l][n_words[l] + 1] = 0;
     }
     return src;
 }
 
-// 32 bits of a lane from bit pos on; zeros behind its end. n is the lane's length in words.
-static inline uint32_t lane_window(const uint32_t * words, uint32_t n, uint32_t pos) {
-    const uint32_t j = MIN(pos >> 5, n);
-    const uint64_t w = (uint64_t) words[j] << 32 | words[j + 1];
-    return (uint32_t) ((w << (pos & 31)) >> 32);
+// A lane on its way.
+struct lane_state {
+    const uint8_t * bytes;
+    uint32_t        n_bytes;
+    uint32_t        pos;     // of the next code, in bits; runs past the end for wrong bits: at most 1024 codes of 15 bits
+    uint8_t       * out;
+    uint8_t       * end;     // of its symbols
+};
+
+static inline struct lane_state lane_start(struct ggml_entropy_decoder * d, struct tile_ref ref, int lane) {
+    struct lane_state s;
+    s.bytes   = (const uint8_t *) d->words[lane];
+    s.n_bytes = 4u * d->view.lane_words[ref.tile * LANES + lane];
+    s.pos     = 0;
+    s.out     = d->symbols[lane];
+    s.end     = s.out + ref.n_symbols;
+    return s;
 }
 
-// One code at the top of a window: returns its length.
-static inline uint32_t decode_one(const struct ggml_entropy_entry * table, uint32_t window, uint8_t * symbol) {
-    const struct ggml_entropy_entry entry = table[window >> 24];
-    *symbol = (uint8_t) ((window >> (32 - entry.t)) + entry.bias);
-    return entry.t;
+// At least 57 bits from bit pos on, left-aligned; zeros behind the lane's end.
+static inline uint64_t lane_window(const struct lane_state * s) {
+    const uint8_t * p = s->bytes + MIN(s->pos >> 3, s->n_bytes);
+    const uint64_t bytes = (uint64_t) p[0] << 56 | (uint64_t) p[1] << 48 | (uint64_t) p[2] << 40 | (uint64_t) p[3] << 32
+                         | (uint64_t) p[4] << 24 | (uint64_t) p[5] << 16 | (uint64_t) p[6] <<  8 | (uint64_t) p[7];
+    return bytes << (s->pos & 7);
 }
 
-// Two codes of at most 15 bits each fit in a window of 32.
-static inline uint32_t decode_two(const struct ggml_entropy_entry * table, uint32_t window, uint8_t * symbols) {
-    const uint32_t t0 = decode_one(table, window, symbols);
-    return t0 + decode_one(table, window << t0, symbols + 1);
+// One code through the slab's table.
+static inline void decode_one(const struct ggml_entropy_entry * table, struct lane_state * s, uint64_t window) {
+    const struct ggml_entropy_entry entry = table[window >> 56];
+    *s->out++ = (uint8_t) ((window >> (64 - entry.t)) + entry.bias);
+    s->pos   += entry.t;
 }
 
-// n_symbols (even: slices are multiples of 32 columns) codes of four lanes at a time: the chains of table look-ups are independent, so a core
-// overlaps them. Returns the end positions in bits through pos.
-static void decode_four_lanes(const struct ggml_entropy_view * v, struct tile_ref ref, int l0, struct ggml_entropy_tile * s, uint32_t pos[4]) {
-    const struct ggml_entropy_entry * table   = v->table;
-    const uint8_t                   * n_words = v->lane_words + ref.tile * LANES + l0;
-    const uint32_t n0 = n_words[0], n1 = n_words[1], n2 = n_words[2], n3 = n_words[3];
-    uint32_t p0 = 0, p1 = 0, p2 = 0, p3 = 0;
-    for (int k = 0; k < ref.n_symbols; k += 2) {
-        p0 += decode_two(table, lane_window(s->words[l0 + 0], n0, p0), &s->symbols[l0 + 0][k]);
-        p1 += decode_two(table, lane_window(s->words[l0 + 1], n1, p1), &s->symbols[l0 + 1][k]);
-        p2 += decode_two(table, lane_window(s->words[l0 + 2], n2, p2), &s->symbols[l0 + 2][k]);
-        p3 += decode_two(table, lane_window(s->words[l0 + 3], n3, p3), &s->symbols[l0 + 3][k]);
+// One run. *used counts the bits taken from the window since s->pos; it stays below 64, above are the counts of symbols, which do not matter.
+static inline void decode_run(const struct ggml_entropy_decoder * d, struct lane_state * s, uint64_t * window, uint32_t * used) {
+    const uint64_t run = d->runs[*window >> (64 - RUN_BITS)];
+    if ((run & 63) == 0) {
+        // rare: start from a fresh window, of which the code takes up to 15 bits and the runs that follow up to 33
+        s->pos += *used & 63;
+        *used   = 0;
+        const uint32_t before = s->pos;
+        *window = lane_window(s);
+        decode_one(d->view.table, s, *window);
+        *window <<= s->pos - before;
+        return;
     }
-    pos[0] = p0;
-    pos[1] = p1;
-    pos[2] = p2;
-    pos[3] = p3;
+    // always four bytes: those behind the last symbol are overwritten by the next run, and there is one: see decode_four_lanes
+    const uint32_t symbols = (uint32_t) (run >> 32);
+    memcpy(s->out, &symbols, 4);
+    s->out   += (uint8_t) (run >> 8);
+    *window <<= run & 63;
+    *used    += (uint32_t) run;
 }
 
-static uint32_t decode_one_lane(const struct ggml_entropy_view * v, struct tile_ref ref, int l, struct ggml_entropy_tile * s) {
-    const uint32_t n = v->lane_words[ref.tile * LANES + l];
-    uint32_t pos = 0;
-    for (int k = 0; k < ref.n_symbols; k += 2) {
-        pos += decode_two(v->table, lane_window(s->words[l], n, pos), &s->symbols[l][k]);
+// Lanes differ in how far a step brings them. As long as none is closer to its end than a step can go, all take steps together: four lanes,
+// because look-ups depend on each other within a lane only, and a core overlaps those of different lanes.
+static void decode_four_lanes(const struct ggml_entropy_decoder * d, struct lane_state s[4]) {
+    struct lane_state s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3];
+    for (;;) {
+        int64_t n_steps = MIN(MIN(s0.end - s0.out, s1.end - s1.out), MIN(s2.end - s2.out, s3.end - s3.out)) / STEP_MAX;
+        if (n_steps == 0) {
+            break;
+        }
+        for (; n_steps > 0; n_steps--) {
+            uint64_t w0 = lane_window(&s0), w1 = lane_window(&s1), w2 = lane_window(&s2), w3 = lane_window(&s3);
+            uint32_t u0 = 0, u1 = 0, u2 = 0, u3 = 0;
+            for (int i = 0; i < STEP_RUNS; i++) {
+                decode_run(d, &s0, &w0, &u0);
+                decode_run(d, &s1, &w1, &u1);
+                decode_run(d, &s2, &w2, &u2);
+                decode_run(d, &s3, &w3, &u3);
+            }
+            s0.pos += u0 & 63;
+            s1.pos += u1 & 63;
+            s2.pos += u2 & 63;
+            s3.pos += u3 & 63;
+        }
     }
-    return pos;
+    s[0] = s0;
+    s[1] = s1;
+    s[2] = s2;
+    s[3] = s3;
+}
+
+static void decode_rest(const struct ggml_entropy_decoder * d, struct lane_state * s) {
+    while (s->out < s->end) {
+        decode_one(d->view.table, s, lane_window(s));
+    }
 }
 
 // Symbols of the lanes [lane0, lane1) of a tile; end positions of these lanes in bits into end. Returns the words behind the tile's last.
-static const uint32_t * decode_lanes(
-        const struct ggml_entropy_view * v, struct tile_ref ref, int lane0, int lane1, struct ggml_entropy_tile * s, uint32_t end[LANES]) {
-    const uint32_t * src = gather_tile(v, ref, s);
+static const uint32_t * decode_lanes(struct ggml_entropy_decoder * d, struct tile_ref ref, int lane0, int lane1, uint32_t end[LANES]) {
+    const uint32_t * src = gather_tile(d, ref);
     int l = lane0;
     for (; l + 4 <= lane1; l += 4) {
-        decode_four_lanes(v, ref, l, s, end + l);
+        struct lane_state s[4] = { lane_start(d, ref, l), lane_start(d, ref, l + 1), lane_start(d, ref, l + 2), lane_start(d, ref, l + 3) };
+        decode_four_lanes(d, s);
+        for (int i = 0; i < 4; i++) {
+            decode_rest(d, &s[i]);
+            end[l + i] = s[i].pos;
+        }
     }
     for (; l < lane1; l++) {
-        end[l] = decode_one_lane(v, ref, l, s);
+        struct lane_state s = lane_start(d, ref, l);
+        decode_rest(d, &s);
+        end[l] = s.pos;
     }
     return src;
 }
 
-void ggml_entropy_decode_lanes(
-        const struct ggml_entropy_view * v, int64_t group, int64_t slice, int lane0, int lane1, struct ggml_entropy_tile * tile) {
+void ggml_entropy_decoder_lanes(struct ggml_entropy_decoder * d, int64_t group, int64_t slice, int lane0, int lane1) {
     uint32_t end[LANES];
-    decode_lanes(v, tile_at(v, group, slice), lane0, lane1, tile, end);
+    decode_lanes(d, tile_at(&d->view, group, slice), lane0, lane1, end);
+}
+
+static struct ggml_entropy_decoder * decoder_new(const struct ggml_entropy_view * view) {
+    struct ggml_entropy_decoder * d = malloc(sizeof(*d));
+    if (d) {
+        ggml_entropy_decoder_open(d, view);
+    }
+    return d;
 }
 
 static void symbols_to_codes(int kind, const uint8_t * symbols, int n_symbols, int8_t * q) {
@@ -439,22 +534,22 @@ enum ggml_entropy_status ggml_entropy_decode_groups(const struct ggml_entropy_vi
     if (!range_is_valid(v, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    struct ggml_entropy_tile * tile = malloc(sizeof(*tile));
-    if (!tile) {
+    struct ggml_entropy_decoder * d = decoder_new(v);
+    if (!d) {
         return GGML_ENTROPY_NO_MEMORY;
     }
     const struct ggml_entropy_header * h = v->header;
     for (int64_t group = group0; group < group1; group++) {
         for (int64_t slice = 0; slice < v->n_slices; slice++) {
             const struct tile_ref ref = tile_at(v, group, slice);
-            ggml_entropy_decode_lanes(v, group, slice, 0, ref.n_lanes, tile);
+            ggml_entropy_decoder_lanes(d, group, slice, 0, ref.n_lanes);
             for (int l = 0; l < ref.n_lanes; l++) {
                 const int64_t row = (group - group0) * LANES + l;
-                symbols_to_codes(h->kind, tile->symbols[l], ref.n_symbols, q + row * h->n_cols + slice * h->tile_cols);
+                symbols_to_codes(h->kind, d->symbols[l], ref.n_symbols, q + row * h->n_cols + slice * h->tile_cols);
             }
         }
     }
-    free(tile);
+    free(d);
     return GGML_ENTROPY_OK;
 }
 
@@ -526,9 +621,9 @@ float ggml_entropy_row_offset(const struct ggml_entropy_view * v, int64_t row) {
     return v->offsets ? v->offsets[row] : v->header->offset;
 }
 
-void ggml_entropy_tile_rows(
-        const struct ggml_entropy_view * v, int64_t group, int64_t slice, int lane0, int lane1, const struct ggml_entropy_tile * tile,
-        enum ggml_type type, void * dst, size_t row_size) {
+void ggml_entropy_decoder_rows(
+        const struct ggml_entropy_decoder * d, int64_t group, int64_t slice, int lane0, int lane1, enum ggml_type type, void * dst, size_t row_size) {
+    const struct ggml_entropy_view   * v = &d->view;
     const struct ggml_entropy_header * h = v->header;
     const struct tile_ref ref = tile_at(v, group, slice);
     const int n_cols   = ref.n_symbols * cols_per_symbol(h->kind);
@@ -546,25 +641,25 @@ void ggml_entropy_tile_rows(
         char * out = (char *) dst + (l - lane0) * row_size + ggml_row_size(type, slice * h->tile_cols);
         switch (type) {
             case GGML_TYPE_F32:
-                symbols_to_f32(h->kind, tile->symbols[l], ref.n_symbols, GGML_FP16_TO_FP32(scale), offset, (float *) out);
+                symbols_to_f32(h->kind, d->symbols[l], ref.n_symbols, GGML_FP16_TO_FP32(scale), offset, (float *) out);
                 break;
             case GGML_TYPE_F16:
                 if (!lut_is_shared) {
                     fill_f16_lut(GGML_FP16_TO_FP32(scale), offset, lut);
                 }
-                symbols_to_f16(tile->symbols[l], n_cols, lut, (uint16_t *) out);
+                symbols_to_f16(d->symbols[l], n_cols, lut, (uint16_t *) out);
                 break;
             case GGML_TYPE_Q8_0:
-                symbols_to_q8_0(tile->symbols[l], n_blocks, scale, (block_q8_0 *) out);
+                symbols_to_q8_0(d->symbols[l], n_blocks, scale, (block_q8_0 *) out);
                 break;
             case GGML_TYPE_Q4_0:
-                symbols_to_q4_0(tile->symbols[l], n_blocks, scale, (block_q4_0 *) out);
+                symbols_to_q4_0(d->symbols[l], n_blocks, scale, (block_q4_0 *) out);
                 break;
             case GGML_TYPE_Q4_1:
                 {
                     uint16_t m;
                     q4_1_min(GGML_FP16_TO_FP32(scale), offset, &m); // validated: exact
-                    symbols_to_q4_1(tile->symbols[l], n_blocks, scale, m, (block_q4_1 *) out);
+                    symbols_to_q4_1(d->symbols[l], n_blocks, scale, m, (block_q4_1 *) out);
                 } break;
             default:
                 GGML_ABORT("no rows of type %s", ggml_type_name(type));
@@ -576,8 +671,8 @@ enum ggml_entropy_status ggml_entropy_decode_groups_plain(const struct ggml_entr
     if (!range_is_valid(v, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    struct ggml_entropy_tile * tile = malloc(sizeof(*tile));
-    if (!tile) {
+    struct ggml_entropy_decoder * d = decoder_new(v);
+    if (!d) {
         return GGML_ENTROPY_NO_MEMORY;
     }
     const enum ggml_type type     = ggml_entropy_plain_type(v->header);
@@ -586,11 +681,11 @@ enum ggml_entropy_status ggml_entropy_decode_groups_plain(const struct ggml_entr
         char * rows = (char *) dst + (group - group0) * LANES * row_size;
         for (int64_t slice = 0; slice < v->n_slices; slice++) {
             const int n_lanes = tile_at(v, group, slice).n_lanes;
-            ggml_entropy_decode_lanes(v, group, slice, 0, n_lanes, tile);
-            ggml_entropy_tile_rows(v, group, slice, 0, n_lanes, tile, type, rows, row_size);
+            ggml_entropy_decoder_lanes(d, group, slice, 0, n_lanes);
+            ggml_entropy_decoder_rows(d, group, slice, 0, n_lanes, type, rows, row_size);
         }
     }
-    free(tile);
+    free(d);
     return GGML_ENTROPY_OK;
 }
 
@@ -604,8 +699,8 @@ enum ggml_entropy_status ggml_entropy_verify_groups(const struct ggml_entropy_vi
     if (!range_is_valid(v, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    struct ggml_entropy_tile * s = malloc(sizeof(*s));
-    if (!s) {
+    struct ggml_entropy_decoder * d = decoder_new(v);
+    if (!d) {
         return GGML_ENTROPY_NO_MEMORY;
     }
     enum ggml_entropy_status st = GGML_ENTROPY_OK;
@@ -613,11 +708,11 @@ enum ggml_entropy_status ggml_entropy_verify_groups(const struct ggml_entropy_vi
         for (int64_t slice = 0; slice < v->n_slices && st == GGML_ENTROPY_OK; slice++) {
             const struct tile_ref ref = tile_at(v, group, slice);
             uint32_t end[LANES];
-            const uint32_t * src = decode_lanes(v, ref, 0, ref.n_lanes, s, end);
+            const uint32_t * src = decode_lanes(d, ref, 0, ref.n_lanes, end);
             for (int l = 0; l < ref.n_lanes; l++) {
                 const uint32_t n = v->lane_words[ref.tile * LANES + l];
                 const uint32_t rest = end[l] & 31; // bits of the last word that are codes
-                if ((end[l] + 31) / 32 != n || (rest != 0 && (s->words[l][n - 1] << rest) != 0)) {
+                if ((end[l] + 31) / 32 != n || (rest != 0 && (swap_bytes(d->words[l][n - 1]) << rest) != 0)) {
                     st = GGML_ENTROPY_BAD_STREAM;
                 }
             }
@@ -628,7 +723,7 @@ enum ggml_entropy_status ggml_entropy_verify_groups(const struct ggml_entropy_vi
             }
         }
     }
-    free(s);
+    free(d);
     return st;
 }
 

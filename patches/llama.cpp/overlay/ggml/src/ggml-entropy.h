@@ -13,7 +13,7 @@
 // - Functions return a status; memory is the caller's. A view borrows the slab's memory.
 // - Decoding a *validated* slab is memory-safe for any bitstream; decoding an unvalidated one is not allowed.
 //
-// Where to start: ggml_entropy_validate, then ggml_entropy_decode_lanes, in ggml-entropy.c. Writing is in ggml-entropy-encode.c.
+// Where to start: ggml_entropy_validate, then ggml_entropy_decoder_lanes, in ggml-entropy.c. Writing is in ggml-entropy-encode.c.
 
 #pragma once
 
@@ -153,20 +153,26 @@ GGML_API enum ggml_entropy_status ggml_entropy_decode_groups(
 GGML_API enum ggml_entropy_status ggml_entropy_decode_groups_plain(
         const struct ggml_entropy_view * view, int64_t group0, int64_t group1, void * dst);
 
-// A tile on its way from bitstream to weights: scratch of one thread, owned by the caller, 66 KB.
-struct ggml_entropy_tile {
-    uint32_t words  [GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_LANE_WORDS + 2]; // lanes, contiguous, two zero words behind each
+#define GGML_ENTROPY_RUN_BITS 11
+
+// What one thread needs to decode tiles of one slab; owned by the caller, 82 KB. Symbols are what it leaves behind.
+struct ggml_entropy_decoder {
+    struct ggml_entropy_view view;
+    uint64_t runs   [1 << GGML_ENTROPY_RUN_BITS];                          // several symbols per look-up, see ggml-entropy.c
+    uint32_t words  [GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_LANE_WORDS + 2]; // a tile's lanes, contiguous
     uint8_t  symbols[GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_TILE_COLS];      // EQ8: one a column; EQ4: one for two columns
 };
 
-// Symbols of the lanes [lane0, lane1) of one tile of a validated slab into tile->symbols. The lanes exist: lane1 <= rows of the group.
-GGML_API void ggml_entropy_decode_lanes(
-        const struct ggml_entropy_view * view, int64_t group, int64_t slice, int lane0, int lane1, struct ggml_entropy_tile * tile);
+// Prepare for a validated slab; takes some 10 us.
+GGML_API void ggml_entropy_decoder_open(struct ggml_entropy_decoder * decoder, const struct ggml_entropy_view * view);
 
-// Symbols of these lanes into the columns of their slice of rows of type F32 or the plain type; or of Q8_0 (EQ8) and Q4_0 (EQ4) whatever
-// the offsets, which are then left out. dst points at column 0 of lane0's row; rows are row_size bytes apart.
-GGML_API void ggml_entropy_tile_rows(
-        const struct ggml_entropy_view * view, int64_t group, int64_t slice, int lane0, int lane1, const struct ggml_entropy_tile * tile,
+// Symbols of the lanes [lane0, lane1) of one tile into decoder->symbols. The lanes exist: lane1 <= rows of the group.
+GGML_API void ggml_entropy_decoder_lanes(struct ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1);
+
+// The symbols of these lanes into the columns of their slice of rows of type F32 or the plain type; or of Q8_0 (EQ8) and Q4_0 (EQ4)
+// whatever the offsets, which are then left out. dst points at column 0 of lane0's row; rows are row_size bytes apart.
+GGML_API void ggml_entropy_decoder_rows(
+        const struct ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1,
         enum ggml_type type, void * dst, size_t row_size);
 
 // Offset of a row; 0 if the slab has none.

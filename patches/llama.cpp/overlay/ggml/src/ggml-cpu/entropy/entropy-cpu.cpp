@@ -7,7 +7,7 @@
 // multiplied with every column. So weights without offsets give the very sums of a stock Q8_0 or Q4_0 tensor. Offsets are left out of the
 // rows and added at the end: w = s*q + o gives sum(w*x) = sum(s*q*x) + o*sum(x), with sum(x) over the quantized x.
 //
-// The scratch of a thread (whole rows of one group, 34 bytes for 32 columns: 139 KB for 4096 columns, and a tile of 66 KB) is meant to stay in
+// The scratch of a thread (whole rows of one group, 34 bytes for 32 columns: 139 KB for 4096 columns, and a decoder of 82 KB) is meant to stay in
 // its L2 cache. Everything stands in the graph's work buffer; nothing is allocated here.
 //
 // Payloads were validated when the model was loaded (llama-entropy.cpp); headers are read again here only to find the sections.
@@ -90,7 +90,7 @@ struct work_layout {
     size_t active      = 0; // int32_t [n_experts]: those with routes
     size_t routes      = 0; // route [n_routes]
     size_t threads     = 0;
-    size_t thread_size = 0; // ggml_entropy_tile, decoded rows
+    size_t thread_size = 0; // ggml_entropy_decoder, decoded rows
     size_t end         = 0;
 
     work_layout(const ggml_tensor * op, int n_threads) {
@@ -108,7 +108,7 @@ struct work_layout {
             routes  = part(active,      sizeof(int32_t)*w->ne[2]);
             threads = part(routes,      sizeof(route)*ggml_nelements(op->src[2]));
         }
-        thread_size = part(sizeof(ggml_entropy_tile), row_size*LANES);
+        thread_size = part(GGML_PAD(sizeof(ggml_entropy_decoder), 64), row_size*LANES);
         end         = threads + thread_size*n_threads;
     }
 
@@ -125,10 +125,9 @@ struct worker {
     const ggml_tensor         * w;
     work_layout                 layout;
     const ggml_entropy_kernel & kernel;
-    ggml_entropy_tile         * tile;
+    ggml_entropy_decoder      * decoder;
     char                      * rows;
-    ggml_entropy_view           view;
-    int64_t                     i_slab = -1; // of view
+    int64_t                     i_slab = -1; // that the decoder is open for
 
     worker(ggml_compute_params * params, const ggml_tensor * op) :
             params(params), w(op->src[0]), layout(op, params->nth),
@@ -136,8 +135,8 @@ struct worker {
         // aligned here: the caller's work buffer may start anywhere
         GGML_ASSERT(params->wsize >= layout.end + 64);
         char * scratch = base() + layout.threads + layout.thread_size*params->ith;
-        tile = (ggml_entropy_tile *) scratch;
-        rows = scratch + GGML_PAD(sizeof(ggml_entropy_tile), 64);
+        decoder = (ggml_entropy_decoder *) scratch;
+        rows    = scratch + GGML_PAD(sizeof(ggml_entropy_decoder), 64);
     }
 
     char * base() const {
@@ -153,10 +152,12 @@ struct worker {
         if (i_slab == i) {
             return;
         }
+        ggml_entropy_view view;
         const ggml_entropy_status status = ggml_entropy_open((const char *) w->data + i*w->nb[2], w->nb[2], &view);
         if (status != GGML_ENTROPY_OK) {
             GGML_ABORT("tensor '%s': %s; it was not validated or its memory was overwritten", w->name, ggml_entropy_status_str(status));
         }
+        ggml_entropy_decoder_open(decoder, &view);
         i_slab = i;
     }
 
@@ -203,13 +204,13 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
     const int            n_lanes = wk.n_lanes(group);
     const size_t         row_size = wk.layout.row_size;
 
-    for (int64_t slice = 0; slice < wk.view.n_slices; slice++) {
-        wk.kernel.decode_lanes(&wk.view, group, slice, 0, n_lanes, wk.tile);
-        ggml_entropy_tile_rows(
-            &wk.view, group, slice, 0, n_lanes, wk.tile, is_eq8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, wk.rows, row_size);
+    const ggml_entropy_view & view = wk.decoder->view;
+    for (int64_t slice = 0; slice < view.n_slices; slice++) {
+        wk.kernel.decode_lanes(wk.decoder, group, slice, 0, n_lanes);
+        ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, is_eq8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, wk.rows, row_size);
     }
 
-    const bool    has_offset = wk.view.header->offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    const bool    has_offset = view.header->offset_mode != GGML_ENTROPY_OFFSET_NONE;
     const float * sums       = wk.at<float>(wk.layout.sums);
     for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK) {
         const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK, n - i0);
@@ -220,7 +221,7 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
             dst[i] += group*LANES;
         }
         for (int l = 0; l < n_lanes; l++) {
-            const float offset = has_offset ? ggml_entropy_row_offset(&wk.view, group*LANES + l) : 0.0f;
+            const float offset = has_offset ? ggml_entropy_row_offset(&view, group*LANES + l) : 0.0f;
             for (int i = 0; i < n_block; i++) {
                 float sum;
                 dot((int) wk.w->ne[0], &sum, 0, wk.rows + l*row_size, 0, wk.at<char>(wk.layout.column_size*column[i]), 0, 1);
@@ -268,7 +269,7 @@ static void mul_mat(worker & wk, ggml_tensor * dst) {
     }
 }
 
-// Sort the columns by expert. One thread does it. Returns the number of experts with any through *active's first n entries.
+// Sort the columns by expert; active lists the experts that have any and ends with -1 if some have none. One thread does it.
 static void sort_routes(const worker & wk, const ggml_tensor * ids) {
     const int32_t n_experts = (int32_t) wk.w->ne[2];
     int32_t * first  = wk.at<int32_t>(wk.layout.first_route);
@@ -354,9 +355,9 @@ static void get_rows(worker & wk, ggml_tensor * dst) {
         char * to = (char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2];
         const int64_t group = row/LANES;
         const int     lane  = (int) (row % LANES);
-        for (int64_t slice = 0; slice < wk.view.n_slices; slice++) {
-            wk.kernel.decode_lanes(&wk.view, group, slice, lane, lane + 1, wk.tile);
-            ggml_entropy_tile_rows(&wk.view, group, slice, lane, lane + 1, wk.tile, GGML_TYPE_F32, to, dst->nb[1]);
+        for (int64_t slice = 0; slice < wk.decoder->view.n_slices; slice++) {
+            wk.kernel.decode_lanes(wk.decoder, group, slice, lane, lane + 1);
+            ggml_entropy_decoder_rows(wk.decoder, group, slice, lane, lane + 1, GGML_TYPE_F32, to, dst->nb[1]);
         }
     }
 }

@@ -44,21 +44,21 @@ struct lane_bits {
 
 } // namespace
 
-static void decode_lanes_ref(
-        const ggml_entropy_view * view, int64_t group, int64_t slice, int lane0, int lane1, ggml_entropy_tile * tile) {
-    const ggml_entropy_header & h = *view->header;
+static void decode_lanes_ref(ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1) {
+    const ggml_entropy_view   & view = decoder->view;
+    const ggml_entropy_header & h    = *view.header;
     // step 1
-    const int64_t i_tile    = group * view->n_slices + slice;
+    const int64_t i_tile    = group * view.n_slices + slice;
     const int64_t n_cols    = std::min<int64_t>(h.tile_cols, h.n_cols - slice * h.tile_cols);
     const int64_t n_symbols = h.kind == GGML_ENTROPY_KIND_EQ4 ? n_cols / 2 : n_cols;
     for (int lane = lane0; lane < lane1; lane++) {
         const lane_bits stream(
-            view->bitstream + view->word_offsets[i_tile], view->lane_words + i_tile * GGML_ENTROPY_LANES, lane);
+            view.bitstream + view.word_offsets[i_tile], view.lane_words + i_tile * GGML_ENTROPY_LANES, lane);
         int at = 0;
         for (int64_t k = 0; k < n_symbols; k++) {
             // step 3
-            const ggml_entropy_entry entry = view->table[stream.bits(at, 8)];
-            tile->symbols[lane][k] = (uint8_t) (stream.bits(at, entry.t) + entry.bias);
+            const ggml_entropy_entry entry = view.table[stream.bits(at, 8)];
+            decoder->symbols[lane][k] = (uint8_t) (stream.bits(at, entry.t) + entry.bias);
             at += entry.t;
         }
     }

@@ -19,10 +19,9 @@
 struct ggml_entropy_kernel {
     const char * name;
 
-    // As ggml_entropy_decode_lanes: symbols of the lanes [lane0, lane1) of a tile of a validated slab into tile->symbols. Stays in bounds for
-    // any bitstream: reads at most GGML_ENTROPY_SLACK bytes past its end, writes nothing but *tile.
-    void (*decode_lanes)(
-            const ggml_entropy_view * view, int64_t group, int64_t slice, int lane0, int lane1, ggml_entropy_tile * tile);
+    // As ggml_entropy_decoder_lanes: symbols of the lanes [lane0, lane1) of a tile of a validated slab into decoder->symbols. Stays in bounds
+    // for any bitstream: reads at most GGML_ENTROPY_SLACK bytes past its end, writes nothing but words and symbols of *decoder.
+    void (*decode_lanes)(ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1);
 
     // Dot product of n weights (a multiple of 32) with a column of Q8_0, nrc = 1. EQ8: weights as Q8_0, EQ4: as Q4_0.
     ggml_vec_dot_t dot_eq8;
