@@ -67,7 +67,55 @@ _SPECS: dict[str, tuple[str, str, str, dict]] = {
     ),
 }  # fmt: skip
 
+# Not looked at while the code was written: what works here should work with the next architecture too (docs/models.md).
+_HELD_OUT: dict[str, tuple[str, str, str, dict]] = {
+    # norms of queries and keys
+    "qwen3": (
+        "Qwen3Config", "Qwen3ForCausalLM", "bpe",
+        {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
+         "tie_word_embeddings": True},
+    ),
+    # experts everywhere, none shared
+    "mixtral": (
+        "MixtralConfig", "MixtralForCausalLM", "spm",
+        {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
+         "num_experts_per_tok": 2},
+    ),
+    # learned positions, fused qkv with biases, transposed weights, LayerNorm
+    "gpt2": (
+        "GPT2Config", "GPT2LMHeadModel", "bpe",
+        {"n_embd": 96, "n_head": 3, "n_inner": 384, "n_layer": 2, "n_positions": 256, "n_ctx": 256},
+    ),
+    # biases everywhere, no gate in the feed-forward
+    "starcoder2": (
+        "Starcoder2Config", "Starcoder2ForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    # attention and feed-forward side by side, partial rotation, ALiBi-free descendants of GPT-J
+    "gpt_neox": (
+        "GPTNeoXConfig", "GPTNeoXForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "hidden_act": "gelu"},
+    ),
+    # norms behind the blocks
+    "olmo2": (
+        "Olmo2Config", "Olmo2ForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2},
+    ),
+    # scaled embeddings, residuals and logits
+    "granite": (
+        "GraniteConfig", "GraniteForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "embedding_multiplier": 12.0,
+         "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0156},
+    ),
+    # no attention at all: state space, convolutions
+    "mamba": (
+        "MambaConfig", "MambaForCausalLM", "bpe",
+        {"hidden_size": 64, "state_size": 16, "num_hidden_layers": 2, "conv_kernel": 4, "expand": 2},
+    ),
+}  # fmt: skip
+
 ARCHITECTURES = tuple(_SPECS)
+HELD_OUT = tuple(_HELD_OUT)
 
 
 def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bfloat16", seed: int = 7) -> TinyModel:
@@ -80,7 +128,7 @@ def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bf
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    config_name, class_name, tokenizer, arguments = _SPECS[name]
+    config_name, class_name, tokenizer, arguments = (_SPECS | _HELD_OUT)[name]
     arguments = {**_COMMON, **arguments}
     if tokenizer == "spm":
         arguments |= {"vocab_size": _SPM_VOCABULARY, **_spm_special()}

@@ -30,11 +30,21 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-@click.command(epilog="\b\nExamples:\n  entrollm inspect model.gguf\n  entrollm inspect model.gguf --json > model.json\n")
+@click.command(
+    epilog="\b\nExamples:\n  entrollm inspect model.gguf\n  entrollm inspect model.gguf --json > model.json\n  entrollm inspect model.gguf --plot model.png\n"
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="PICTURE",
+    help="Also draw bits and entropy per layer, and codes with their lengths (.png, .svg, .pdf).",
+)
+@click.option("--plot-tensor", metavar="NAME", help="The tensor whose codes are drawn; the largest one of a layer by default.")
+@click.option("--force", is_flag=True, help="Replace PICTURE if it exists.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-def inspect(file: Path, as_json: bool, threads: int | None) -> None:
+def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | None, force: bool, threads: int | None) -> None:
     """Show the tensors of a GGUF: type, shape, size, bits per weight, entropy.
 
     The entropy is that of the coded symbols, in bits per weight: what an ideal memoryless coder would need. FILE may be the first part of
@@ -44,6 +54,11 @@ def inspect(file: Path, as_json: bool, threads: int | None) -> None:
 
     with _bytes_bar(disable=as_json) as progress:
         report = inspect_file(file, threads=threads, progress=progress)
+    if plot:
+        from entrollm_gguf.inspect.plot import plot_file
+
+        drawn = plot_file(report, plot, tensor=plot_tensor, force=force)
+        click.echo(f"{plot}: layers, and codes of {drawn}", err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))
         return

@@ -63,7 +63,7 @@ class BuildOptions:
 
     cuda: bool = False
     cuda_arch: str = "native"  # as CMAKE_CUDA_ARCHITECTURES takes it, e.g. "90" or "75;89"
-    sanitize: bool = False  # AddressSanitizer and UBSan; never installed
+    sanitize: str = ""  # "address" (AddressSanitizer and UBSan) or "thread" (ThreadSanitizer); never installed
 
     def cmake_options(self) -> dict[str, str]:
         """Cache variables for cmake."""
@@ -73,12 +73,12 @@ class BuildOptions:
         if self.sanitize:
             options |= {
                 "CMAKE_BUILD_TYPE": "RelWithDebInfo",
-                "LLAMA_SANITIZE_ADDRESS": "ON",
-                "LLAMA_SANITIZE_UNDEFINED": "ON",
                 "GGML_OPENMP": "OFF",  # its runtime is not instrumented
                 "LLAMA_BUILD_SERVER": "OFF",
                 "GGML_RPC": "OFF",
             }
+            checks = {"address": ("ADDRESS", "UNDEFINED"), "thread": ("THREAD",)}[self.sanitize]
+            options |= {f"LLAMA_SANITIZE_{check}": "ON" for check in checks}
         return options
 
     def targets(self) -> list[str]:

@@ -27,14 +27,19 @@ def runtime() -> None:
 @click.option("--cuda-arch", default="native", show_default=True, help="CUDA architectures, as CMAKE_CUDA_ARCHITECTURES takes them.")
 @click.option("--jobs", type=click.IntRange(min=1), default=lambda: os.cpu_count(), help="Parallel compilations; all cores by default.")
 @click.option("--force", is_flag=True, help="Build again even if the cache has it.")
-@click.option("--sanitize", is_flag=True, help="For developers: with AddressSanitizer and UBSan; printed, not installed.")
-def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: bool) -> None:
+@click.option(
+    "--sanitize",
+    type=click.Choice(["address", "thread"]),
+    default="",
+    help="For developers: with AddressSanitizer and UBSan, or with ThreadSanitizer; its folder is printed, nothing is installed.",
+)
+def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str) -> None:
     """Build the patched llama.cpp and install it into this environment.
 
     Takes the pinned source of llama-cpp-python (downloaded once), adds the entropy-coded types, builds once, and installs the packages llama_cpp and
     gguf and llama.cpp's tools. The result is cached: a second call, or another clone of the same state, takes seconds.
     """
-    options = BuildOptions(cuda=cuda, cuda_arch=cuda_arch, sanitize=sanitize)
+    options = BuildOptions(cuda=cuda, cuda_arch=cuda_arch, sanitize=sanitize or "")
     result = api.build(options, jobs=jobs, force=force, say=lambda line: click.echo(line, err=True))
     if isinstance(result, Path):
         click.echo(result)

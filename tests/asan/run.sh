@@ -8,7 +8,7 @@ bin=$1
 work=build/asan
 mkdir -p "$work"
 
-built=$("$bin/entrollm" runtime build --sanitize)
+built=$("$bin/entrollm" runtime build --sanitize address)
 export UBSAN_OPTIONS=print_stacktrace=0
 
 echo "== codec"

@@ -55,7 +55,7 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     assert digest(patches) in seen
     seen.add(digest(patches, BuildOptions(cuda=True)))
     seen.add(digest(patches, BuildOptions(cuda=True, cuda_arch="90")))
-    seen.add(digest(patches, BuildOptions(sanitize=True)))
+    seen.add(digest(patches, BuildOptions(sanitize="address")))
     others = [replace(GCC, compiler="g++ 13"), replace(GCC, others=("gcc 13",)), replace(GCC, processor="Linux x86_64 avx512f")]
     others.append(replace(GCC, environment=(("CXXFLAGS", "-O1"),)))
     seen.update(digest(patches, toolchain=other) for other in others)

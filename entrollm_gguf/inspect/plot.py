@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""The picture of `entrollm inspect --plot`: bits per weight against entropy, layer by layer, and one tensor's codes with their code lengths."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from entrollm_gguf import codec
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.errors import FormatError
+from entrollm_gguf.gguf_io.output import atomic_output
+from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.report import FileReport, TensorReport
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+def code_lengths(table: np.ndarray) -> np.ndarray:
+    """Bits of the shortest code of each symbol (docs/format.md 5.2), 0 for symbols that no class covers.
+
+    Args:
+        table: u8 (256, 2): t and bias of the entries.
+    Returns:
+        int64 (256,).
+    """
+    lengths = np.zeros(256, np.int64)
+    for i, (t, bias) in enumerate(table.astype(np.int64)):
+        # the first t bits, as a number: the entry knows eight of them
+        first = np.array([i >> (8 - t)]) if t <= 8 else (i << (t - 8)) + np.arange(1 << (t - 8))
+        symbols = (first + bias) % 256
+        shorter = (lengths[symbols] == 0) | (t < lengths[symbols])
+        lengths[symbols[shorter]] = t
+    return lengths
+
+
+def plot_file(report: FileReport, path: str | Path, *, tensor: str | None = None, force: bool = False) -> str:
+    """Draw a report as PNG, SVG or PDF (by the name's ending).
+
+    Args:
+        tensor: whose codes are drawn; None for the largest entropy-coded one inside a layer.
+    Returns:
+        name of the tensor drawn.
+    Raises:
+        FormatError: nothing in the file is entropy-coded, no such tensor, or an ending that is no picture's.
+        OutputExistsError, ConversionError: see gguf_io.output.
+    """
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise FormatError(f"{path}: a plot is a .png, .svg or .pdf file")
+    coded = [t for t in report.tensors if t.entropy is not None]
+    if not coded:
+        raise FormatError(f"{report.path}: has no entropy-coded tensors, nothing to draw")
+    if tensor is None:
+        tensor = max(coded, key=lambda t: (_LAYER.match(t.name) is not None, np.prod(t.shape))).name
+    elif tensor not in {t.name for t in coded}:
+        raise FormatError(f"{report.path}: has no entropy-coded tensor {tensor}; `entrollm inspect` lists them")
+
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    figure.suptitle(f"{Path(report.path).name}" + (f", recipe {report.recipe}" if report.recipe else ""))
+    _draw_layers(above, coded)
+    _draw_codes(below, report, tensor)
+    with atomic_output(path, force) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=130)
+    return tensor
+
+
+def _draw_layers(axes, coded: list[TensorReport]) -> None:
+    layers: dict[int, list[TensorReport]] = defaultdict(list)
+    outside = []
+    for t in coded:
+        match = _LAYER.match(t.name)
+        if match:
+            layers[int(match[1])].append(t)
+        else:
+            outside.append(t)
+
+    def mean(tensors: list[TensorReport], what: str) -> float:
+        weights = [np.prod(t.shape) for t in tensors]
+        return float(np.average([getattr(t, what) for t in tensors], weights=weights))
+
+    numbers = sorted(layers)
+    labels = [str(n) for n in numbers] + [t.name.removesuffix(".weight") for t in outside]
+    groups = [layers[n] for n in numbers] + [[t] for t in outside]
+    x = np.arange(len(groups))
+    for i, group in enumerate(groups):
+        axes.scatter(
+            [i] * len(group), [t.entropy for t in group], s=12, color="0.7", zorder=1, label="entropy of a tensor" if i == 0 else None
+        )
+    axes.plot(x, [mean(g, "bits_per_weight") for g in groups], "o-", color="tab:blue", ms=4, label="bits per weight, container included")
+    axes.plot(x, [mean(g, "entropy") for g in groups], "s--", color="tab:orange", ms=4, label="entropy")
+    step = max(1, len(numbers) // 24)
+    shown = [i for i in x if i >= len(numbers) or i % step == 0]
+    axes.set_xticks(shown, [labels[i] for i in shown], rotation=30 if outside else 0, ha="right" if outside else "center")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("bits per weight")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="lower left")
+    axes.set_title("Per layer (weighted by size)")
+
+
+def _draw_codes(axes, report: FileReport, name: str) -> None:
+    entry = next(e for e in open_model(Path(report.path)).tensors() if e.name == name)
+    assert entry.kind is not None  # plot_file chose it among the coded ones
+    codes = codec.decode(entry.kind, entry.data, entry.shape, name)
+    table = codec.table(entry.kind, entry.data, entry.shape, name)[0]
+    first = codes[0] if codes.ndim == 3 else codes  # each expert has a table of its own
+    counts = codec.count_symbols(entry.kind, first)
+    share = counts / counts.sum()
+    is_eq8 = entry.kind is EntropyType.EQ8
+    x = np.arange(256) - (128 if is_eq8 else 0)
+    axes.bar(x, share * 100, width=1.0, color="tab:blue", alpha=0.6)
+    axes.set_xlabel("code" if is_eq8 else "symbol: first code + 8, plus 16 times (second code + 8)")
+    axes.set_ylabel("share of the codes, %" if is_eq8 else "share of the pairs, %", color="tab:blue")
+    used = np.flatnonzero(counts)
+    axes.set_xlim(x[used[0]] - 2, x[used[-1]] + 2)
+
+    lengths = code_lengths(table)
+    right = axes.twinx()
+    coded = counts > 0
+    right.step(x[coded], lengths[coded], where="mid", color="tab:red", lw=1.2, label="code length")
+    with np.errstate(divide="ignore"):
+        right.plot(x[coded], -np.log2(share[coded]), ".", color="0.35", ms=3, label="ideal: -log2 of the share")
+    right.set_ylabel("bits", color="tab:red")
+    right.set_ylim(0, 18)  # codes have 15 bits at most; the rest is for the legend
+    right.legend(loc="upper center", ncols=2)
+    axes.set_title(f"Codes of {name}" + (f", matrix 0 of {codes.shape[0]}" if codes.ndim == 3 else ""))
