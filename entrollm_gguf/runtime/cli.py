@@ -30,10 +30,9 @@ def runtime() -> None:
 @click.option(
     "--sanitize",
     type=click.Choice(["address", "thread"]),
-    default="",
     help="For developers: with AddressSanitizer and UBSan, or with ThreadSanitizer; its folder is printed, nothing is installed.",
 )
-def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str) -> None:
+def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | None) -> None:
     """Build the patched llama.cpp and install it into this environment.
 
     Takes the pinned source of llama-cpp-python (downloaded once), adds the entropy-coded types, builds once, and installs the packages llama_cpp and

@@ -7,7 +7,7 @@ import re
 import subprocess
 
 import pytest
-from models import ARCHITECTURES, HELD_OUT
+from models import ARCHITECTURES
 
 from entrollm_gguf import runtime
 from entrollm_gguf.inspect.decode import decode_file

@@ -4,8 +4,11 @@
 //
 // MUL_MAT and MUL_MAT_ID in three steps: quantize the columns of src1 to Q8_0, as ggml does for Q8_0 and Q4_0 weights; then threads take
 // row groups from a counter; a row group is decoded once, into 32 rows of Q8_0 (EQ8) or Q4_0 (EQ4) in the thread's scratch, and
-// multiplied with every column. So weights without offsets give the very sums of a stock Q8_0 or Q4_0 tensor. Offsets are left out of the
-// rows and added at the end: w = s*q + o gives sum(w*x) = sum(s*q*x) + o*sum(x), with sum(x) over the quantized x.
+// multiplied with every column. So weights without offsets give the very sums of a stock Q8_0 or Q4_0 tensor.
+//
+// Weights with offsets stand in for F16 and Q4_1. The offsets are left out of the rows and added at the end: w = s*q + o gives
+// sum(w*x) = sum(s*q*x) + o*sum(x), with sum(x) over the quantized x. And a column is quantized twice, first itself and then what the
+// first time left over, which makes it nearly exact: 8 bits alone cost 0.5 % of perplexity against F16 (docs/decisions.md).
 //
 // The scratch of a thread (whole rows of one group, 34 bytes for 32 columns: 139 KB for 4096 columns, and a decoder of 82 KB) is meant to stay in
 // its L2 cache. Everything stands in the graph's work buffer; nothing is allocated here.
@@ -24,6 +27,9 @@
 #include <cstring>
 
 static constexpr int LANES = GGML_ENTROPY_LANES;
+
+// Q8_0 blocks that stand for one block of a column, if the weights have offsets.
+static constexpr int N_TERMS = 2;
 
 // Columns that one row is multiplied with before the next row's turn: 8 columns of Q8_0 and a row fit in an L1 cache for up to 3000 columns.
 static constexpr int COLUMN_BLOCK = 8;
@@ -83,7 +89,7 @@ struct route {
 
 // Parts of the work buffer, in bytes from its start. Columns, their sums and the routes are shared; then comes a scratch for each thread.
 struct work_layout {
-    size_t column_size = 0; // of a column of src1 as Q8_0
+    size_t column_size = 0; // of a column of src1 as Q8_0; N_TERMS times all columns
     size_t row_size    = 0; // of a decoded row
     size_t sums        = 0; // float [n_columns]
     size_t first_route = 0; // int32_t [n_experts + 1]
@@ -99,7 +105,7 @@ struct work_layout {
         if (op->op != GGML_OP_GET_ROWS) {
             column_size = ggml_row_size(GGML_TYPE_Q8_0, x->ne[0]);
             row_size    = ggml_row_size(w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, w->ne[0]);
-            sums        = part(0, column_size*ggml_nrows(x));
+            sums        = part(0, column_size*ggml_nrows(x)*N_TERMS);
             first_route = part(sums, sizeof(float)*ggml_nrows(x));
             active = routes = threads = first_route;
         }
@@ -123,6 +129,7 @@ private:
 struct worker {
     ggml_compute_params       * params;
     const ggml_tensor         * w;
+    const ggml_tensor         * x;
     work_layout                 layout;
     const ggml_entropy_kernel & kernel;
     ggml_entropy_decoder      * decoder;
@@ -130,7 +137,7 @@ struct worker {
     int64_t                     i_slab = -1; // that the decoder is open for
 
     worker(ggml_compute_params * params, const ggml_tensor * op) :
-            params(params), w(op->src[0]), layout(op, params->nth),
+            params(params), w(op->src[0]), x(op->src[1]), layout(op, params->nth),
             kernel(params->use_ref ? *ggml_entropy_kernel_find("ref") : ggml_entropy_kernel_active()) {
         // aligned here: the caller's work buffer may start anywhere
         GGML_ASSERT(params->wsize >= layout.end + 64);
@@ -161,6 +168,14 @@ struct worker {
         i_slab = i;
     }
 
+    bool has_offset() const { // of all slabs alike
+        return decoder->view.header->offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    }
+
+    const block_q8_0 * column(int term, int64_t i) const {
+        return at<block_q8_0>(layout.column_size*(term*ggml_nrows(x) + i));
+    }
+
     int n_lanes(int64_t group) const {
         return (int) std::min<int64_t>(LANES, w->ne[1] - group*LANES);
     }
@@ -181,17 +196,37 @@ static float sum_of(const block_q8_0 * x, int64_t n_blocks) {
     return sum;
 }
 
+// What a Q8_0 column leaves over of the floats it was made from.
+static void subtract(const float * from, const block_q8_0 * x, int64_t n_blocks, float * rest) {
+    for (int64_t i = 0; i < n_blocks; i++) {
+        const float d = GGML_FP16_TO_FP32(x[i].d);
+        for (int j = 0; j < QK8_0; j++) {
+            rest[i*QK8_0 + j] = from[i*QK8_0 + j] - d*(float) x[i].qs[j];
+        }
+    }
+}
+
 // Columns of src1, in the order of i11, i12, i13, to Q8_0; threads share them.
-static void quantize_columns(const worker & wk, const ggml_tensor * x) {
+static void quantize_columns(worker & wk) {
     const ggml_from_float_t quantize = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
+    const ggml_tensor * x = wk.x;
+    const int64_t n_blocks = x->ne[0]/QK8_0;
+    wk.open(0);
     for (int64_t c = wk.params->ith; c < ggml_nrows(x); c += wk.params->nth) {
         const int64_t i11 = c % x->ne[1];
         const int64_t i12 = c / x->ne[1] % x->ne[2];
         const int64_t i13 = c / x->ne[1] / x->ne[2];
-        const char * from = (const char *) x->data + i11*x->nb[1] + i12*x->nb[2] + i13*x->nb[3];
-        block_q8_0 * to = wk.at<block_q8_0>(wk.layout.column_size*c);
-        quantize((const float *) from, to, x->ne[0]);
-        wk.at<float>(wk.layout.sums)[c] = sum_of(to, x->ne[0]/QK8_0);
+        const float * from = (const float *) ((const char *) x->data + i11*x->nb[1] + i12*x->nb[2] + i13*x->nb[3]);
+        block_q8_0 * to = (block_q8_0 *) wk.column(0, c);
+        quantize(from, to, x->ne[0]);
+        if (wk.has_offset()) {
+            // the scratch for rows is free now and, 18 bytes a column at least, large enough for a column of floats
+            float      * rest  = (float *) wk.rows;
+            block_q8_0 * to_rest = (block_q8_0 *) wk.column(1, c);
+            subtract(from, to, n_blocks, rest);
+            quantize(rest, to_rest, x->ne[0]);
+            wk.at<float>(wk.layout.sums)[c] = sum_of(to, n_blocks) + sum_of(to_rest, n_blocks);
+        }
     }
 }
 
@@ -210,7 +245,7 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
         ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, is_eq8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, wk.rows, row_size);
     }
 
-    const bool    has_offset = view.header->offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    const bool    has_offset = wk.has_offset();
     const float * sums       = wk.at<float>(wk.layout.sums);
     for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK) {
         const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK, n - i0);
@@ -223,9 +258,15 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
         for (int l = 0; l < n_lanes; l++) {
             const float offset = has_offset ? ggml_entropy_row_offset(&view, group*LANES + l) : 0.0f;
             for (int i = 0; i < n_block; i++) {
+                const char * row = wk.rows + l*row_size;
                 float sum;
-                dot((int) wk.w->ne[0], &sum, 0, wk.rows + l*row_size, 0, wk.at<char>(wk.layout.column_size*column[i]), 0, 1);
-                dst[i][l] = has_offset ? sum + offset*sums[column[i]] : sum;
+                dot((int) wk.w->ne[0], &sum, 0, row, 0, wk.column(0, column[i]), 0, 1);
+                if (has_offset) {
+                    float rest;
+                    dot((int) wk.w->ne[0], &rest, 0, row, 0, wk.column(1, column[i]), 0, 1);
+                    sum += rest + offset*sums[column[i]];
+                }
+                dst[i][l] = sum;
             }
         }
     }
@@ -249,7 +290,7 @@ static void mul_mat(worker & wk, ggml_tensor * dst) {
     GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
     GGML_ASSERT(wk.w->ne[3] == 1 && x->ne[2] % wk.w->ne[2] == 0);
 
-    quantize_columns(wk, x);
+    quantize_columns(wk);
     start_counter(wk);
 
     const int64_t n_slabs  = wk.w->ne[2];
@@ -314,7 +355,7 @@ static void mul_mat_id(worker & wk, ggml_tensor * dst) {
     GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float) && ids->type == GGML_TYPE_I32);
     GGML_ASSERT(wk.w->ne[3] == 1 && x->ne[3] == 1 && ids->ne[2] == 1 && ids->ne[3] == 1);
 
-    quantize_columns(wk, x);
+    quantize_columns(wk);
     if (wk.params->ith == 0) {
         sort_routes(wk, ids);
     }
