@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help venv runtime demo test test-asan lint clean
+.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory demo-model lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,8 +29,24 @@ demo: runtime ## a real model through all recipes, compared with stock types, an
 test: runtime lint ## all tests of the default tier
 	$(BIN)/python -m pytest
 
-test-asan: runtime ## codec and loader on damaged files, under AddressSanitizer and UBSan
-	bash tests/asan/run.sh $(BIN)
+test-asan: runtime ## codec, ops and loader on damaged files, under AddressSanitizer and UBSan
+	bash tests/sanitizers/run.sh $(BIN) address
+
+test-tsan: runtime ## ops and loader with several threads, under ThreadSanitizer
+	bash tests/sanitizers/run.sh $(BIN) thread
+
+bench-micro: runtime ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
+	@mkdir -p build/bench
+	$(BIN)/python bench/kernels.py build/bench/kernels.json
+
+bench-memory: runtime demo-model ## resident memory of fused mode against the compressed size; build/bench/memory.json
+	@mkdir -p build/bench
+	$(BIN)/python bench/memory.py build/demo/SmolLM2-135M-Instruct build/bench/memory.json
+
+demo-model: build/demo/SmolLM2-135M-Instruct
+
+build/demo/SmolLM2-135M-Instruct: | runtime
+	$(BIN)/python -m entrollm_gguf.eval.demo_model $@
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .

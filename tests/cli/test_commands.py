@@ -73,6 +73,25 @@ def test_verify_and_decode(converted, tmp_path, capsys):
     assert "cut.gguf" in capsys.readouterr().err
 
 
+def test_plot(converted, tmp_path, capsys):
+    path, picture = str(converted("llama", "EQ8-mixed")), tmp_path / "out.png"
+    assert main(["inspect", path, "--plot", str(picture)]) == 0
+    assert "ffn_down" in capsys.readouterr().err
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    assert main(["inspect", path, "--plot", str(picture)]) == 1
+    assert "--force" in capsys.readouterr().err
+    moe, drawing = str(converted("qwen2_moe", "EQ4-mixed")), tmp_path / "out.svg"
+    assert main(["inspect", moe, "--plot", str(drawing), "--plot-tensor", "blk.1.ffn_up_exps.weight"]) == 0
+    assert "<svg" in drawing.read_text()
+    for more, reason in (
+        (["--plot", str(tmp_path / "out.txt")], ".png"),
+        (["--plot", str(tmp_path / "b.png"), "--plot-tensor", "x"], "no entropy-coded tensor x"),
+    ):
+        assert main(["inspect", path, *more]) == 1
+        assert reason in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "out.svg"]
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify", "chat"])
 def test_missing_and_foreign_files(command, tmp_path, capsys):
     more = ["--prompt", "hi"] if command == "chat" else []

@@ -16,7 +16,7 @@ from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.report import inspect_file
 from entrollm_gguf.inspect.verify import verify_file
 
-CHUNKS = 4
+CHUNKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,17 @@ def test_perplexity_of_both_modes_is_that_of_the_decoded_file(smollm2, text_file
     path = smollm2(recipe)
     assert verify_file(path).problems == ()
     decode_file(path, tmp_path / "plain.gguf")
+    monkeypatch.setenv("LLAMA_ARG_REPACK", "0")  # repacked rows are summed in another order
     ours = measure_perplexity(path, text_file, chunks=CHUNKS)
     plain = measure_perplexity(tmp_path / "plain.gguf", text_file, chunks=CHUNKS)
     assert f"{ours.ppl:.4g}" == f"{plain.ppl:.4g}"
     assert ours.ppl > 1
     monkeypatch.setenv("GGML_ENTROPY_MODE", "fused")
     fused = measure_perplexity(path, text_file, chunks=CHUNKS)
-    # with offsets: activations in 8 bits against F16. A collapsed model (10^8) is noise beyond that
-    bound = 0.00005 if recipe.endswith("-rows") else 0.002 if plain.ppl < 1000 else 0.02
-    assert fused.ppl == pytest.approx(plain.ppl, rel=bound)
+    if recipe.endswith("-rows"):  # without offsets: the very sums of Q8_0 and Q4_0
+        assert f"{fused.ppl:.4g}" == f"{plain.ppl:.4g}"
+    else:  # a collapsed model (10^8) amplifies rounding
+        assert fused.ppl == pytest.approx(plain.ppl, rel=0.002 if plain.ppl < 1000 else 0.02)
 
 
 @pytest.mark.slow

@@ -120,3 +120,16 @@ def test_no_counts_are_an_error():
 def test_same_counts_same_plan():
     counts = gaussian_counts(7.0)
     assert np.array_equal(codec.plan_code(counts).table, codec.plan_code(counts.copy()).table)
+
+
+def test_lengths_from_the_table(rng):
+    """What the plot shows is what the encoder uses: the coded size follows from the table alone."""
+    from entrollm_gguf.inspect.plot import code_lengths
+
+    for sd in (0.4, 2.0, 9.0, 40.0):
+        codes = np.clip(np.rint(rng.normal(0, sd, (64, 128))), -128, 127).astype(np.int8)
+        counts = codec.count_symbols(codec.EntropyType.EQ8, codes)
+        plan = codec.plan_code(counts)
+        payload = codec.encode(codec.EntropyType.EQ8, codes, np.ones(1, np.float16)).payload
+        lengths = code_lengths(codec.table(codec.EntropyType.EQ8, payload, codes.shape)[0])
+        assert int((lengths * counts.astype(np.int64)).sum()) == plan.n_bits

@@ -3,7 +3,7 @@
 // Load mode computes what the stock types compute: compare a GGUF with entropy-coded tensors with one that holds the same weights in the
 // stock types they decode to (`entrollm decode` makes it). And fused mode computes the same however the file is loaded.
 //
-//   test-entropy-equal CODED.gguf PLAIN.gguf [MAX_NMSE]
+//   test-entropy-equal [--fused] CODED.gguf PLAIN.gguf [MAX_NMSE]      --fused: that part only
 //
 // In load mode the decoded bytes are the same, so the same kernels run and the logits must be bit-identical: for a prompt and for single tokens, in every
 // way to load (mmap, read, mlock, direct I/O, FILE *), with and without repacking. Then the switch entropy.mode: what it accepts and
@@ -155,8 +155,13 @@ static void check_fused(const char * coded, const char * plain, double max_nmse,
 }
 
 int main(int argc, char ** argv) {
+    const bool fused_only = argc > 1 && strcmp(argv[1], "--fused") == 0;
+    if (fused_only) {
+        argv++;
+        argc--;
+    }
     if (argc != 3 && argc != 4) {
-        fprintf(stderr, "usage: %s CODED.gguf PLAIN.gguf [MAX_NMSE]\n", argv[0]);
+        fprintf(stderr, "usage: test-entropy-equal [--fused] CODED.gguf PLAIN.gguf [MAX_NMSE]\n");
         return 1;
     }
     const char * coded = argv[1];
@@ -175,6 +180,13 @@ int main(int argc, char ** argv) {
     const loader from_path = [](const char * path, llama_model_params p) {
         return llama_model_load_from_file(path, p);
     };
+    check_fused(coded, plain, argc == 4 ? atof(argv[3]) : 0.0, from_path);
+    if (fused_only) {
+        llama_backend_free();
+        printf("%d passed, %d failed\n", n_passed, n_failed);
+        return n_failed == 0 ? 0 : 1;
+    }
+
     const loader from_file = [](const char * path, llama_model_params p) -> llama_model * {
         FILE * f = fopen(path, "rb");
         if (f == nullptr) {
@@ -203,7 +215,6 @@ int main(int argc, char ** argv) {
         params.check_tensors = false;
     }
 
-    check_fused(coded, plain, argc == 4 ? atof(argv[3]) : 0.0, from_path);
 
     // the switch
     set_mode("");

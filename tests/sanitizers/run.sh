@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# Codec, ops and loader under sanitizers. Usage: run.sh BIN address|thread, BIN being the bin folder of the Python environment.
+#
+# address (with UBSan): the Python tests of the codec with an instrumented library; every op at every kernel level; whole model files, cut
+# and damaged, through the loader. thread: every op with 1 to 8 threads, and decoding at load.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+bin=$1
+kind=$2
+work=build/sanitizers/$kind
+mkdir -p "$work"
+rm -f "$work"/*.log
+
+built=$("$bin/entrollm" runtime build --sanitize "$kind")
+export UBSAN_OPTIONS=print_stacktrace=0
+export TSAN_OPTIONS="halt_on_error=0 exitcode=66"
+status=0
+
+ops() {
+    "$bin/python" tests/fused_cases.py "$work/cases.gguf"
+    for level in ref generic; do
+        echo "== ops, level $level"
+        GGML_ENTROPY_KERNEL=$level "$built/test-entropy-ops" "$work/cases.gguf" "$work/out.f32" "$@" 2>&1 | tee "$work/ops-$level.log" || status=1
+    done
+}
+
+if [ "$kind" = address ]; then
+    echo "== codec"
+    # the interpreter is not instrumented, so the runtime comes by preload, and Python's own allocations look like leaks
+    ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
+        ENTROLLM_CODEC_LIBRARY="$built/libggml-base.so" \
+        "$bin/python" -m pytest -q tests/unit/test_codec.py tests/unit/test_code_plan.py tests/unit/test_malformed.py -p no:cacheprovider 2>&1 | tee "$work/codec.log"
+    ops 1 3
+    echo "== loader, load and fused mode"
+    for model in $("$bin/python" tests/sanitizers/make_models.py "$work"); do
+        for mode in load fused; do
+            GGML_ENTROPY_MODE=$mode "$built/test-entropy-load" "$model" --stride "${STRIDE:-13}" 2>&1 | tee "$work/load-$mode-$(basename "$model").log" || status=1
+        done
+    done
+else
+    ops 1 2 3 4 8
+    echo "== decoding at load"
+    for model in $("$bin/python" tests/sanitizers/make_models.py "$work"); do
+        GGML_ENTROPY_MODE=load "$built/test-entropy-load" "$model" --stride 5003 --truncations 3 2>&1 | tee "$work/load-$(basename "$model").log" || status=1
+    done
+fi
+
+# upstream's own findings are not ours to fail on
+if grep -h -A3 "runtime error\|SUMMARY" "$work"/*.log | grep entropy; then
+    status=1
+fi
+[ "$status" = 0 ] && echo "sanitizers ($kind): nothing found"
+exit $status
