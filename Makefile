@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory demo-model lint clean
+.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,14 +39,9 @@ bench-micro: runtime ## decoding and matrix products of the CPU kernels beside s
 	@mkdir -p build/bench
 	$(BIN)/python bench/kernels.py build/bench/kernels.json
 
-bench-memory: runtime demo-model ## resident memory of fused mode against the compressed size; build/bench/memory.json
+bench-memory: runtime ## resident memory of fused mode against the compressed size; build/bench/memory.json
 	@mkdir -p build/bench
-	$(BIN)/python bench/memory.py build/demo/SmolLM2-135M-Instruct build/bench/memory.json
-
-demo-model: build/demo/SmolLM2-135M-Instruct
-
-build/demo/SmolLM2-135M-Instruct: | runtime
-	$(BIN)/python -m entrollm_gguf.eval.demo_model $@
+	$(BIN)/python bench/memory.py build/bench/memory.json
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Resident memory of fused mode against the compressed size. `python bench/memory.py HF_DIR OUT.json`.
+"""Resident memory of fused mode against the compressed size. `python bench/memory.py OUT.json [HF_DIR]`, SmolLM2-135M-Instruct by default.
 
 Each model runs in a process of its own: loaded with mmap, 64 tokens evaluated so that every weight was touched, then /proc/self/smaps_rollup. What
 is no weight (interpreter, KV cache, compute buffers) is what the Q8_0 run has beyond its weights; weights of a run are its resident set
@@ -15,8 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.demo_model import build_hf_folder, fetch_gguf
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
 
@@ -48,11 +50,14 @@ def weights(path: Path) -> int:
     return sum(t.n_bytes for t in open_model(path).tensors())
 
 
-def main(source: Path, out: Path) -> None:
+def main(out: Path, source: Path | None) -> None:
     """Measure three recipes and both modes."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
+        if source is None:
+            source = Path(scratch) / "SmolLM2-135M-Instruct"
+            build_hf_folder(fetch_gguf(runtime.cache_folder() / "models"), source)
         base = Path(scratch) / "base.gguf"
         convert_model(source, base, recipe="EQ8-rows")
         q8_0 = Path(scratch) / "q8_0.gguf"
@@ -69,7 +74,7 @@ def main(source: Path, out: Path) -> None:
             ratios = ", ".join(f"{mode} {row[f'{mode}_over_compressed']:.3f}" for mode in ("fused", "load"))
             print(f"{recipe:10} {row['compressed_bytes'] / 1e6:7.1f} MB compressed; resident over compressed: {ratios}")
     report = {
-        "command": "python bench/memory.py HF_DIR OUT.json",
+        "command": "python bench/memory.py OUT.json",
         "commit": commit,
         "environment": environment(),
         "model": source.name,
@@ -80,6 +85,6 @@ def main(source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) == 3 else None)
