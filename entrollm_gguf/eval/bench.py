@@ -13,19 +13,33 @@ from entrollm_gguf.eval.tools import run_tool
 
 @dataclass(frozen=True)
 class Speed:
-    """Mean tokens per second with standard deviations."""
+    """Tokens per second: mean and standard deviation over the repetitions."""
 
     prompt: float
     prompt_std: float
     generation: float
     generation_std: float
 
+    def best(self, other: Speed) -> Speed:
+        """The faster prompt and the faster generation of two measurements: whatever else runs on a machine only slows them down."""
+        p = self if self.prompt >= other.prompt else other
+        g = self if self.generation >= other.generation else other
+        return Speed(p.prompt, p.prompt_std, g.generation, g.generation_std)
+
 
 def measure_speed(
-    model: str | Path, *, prompt_tokens: int = 256, generated_tokens: int = 64, repetitions: int = 3, threads: int | None = None
+    model: str | Path,
+    *,
+    prompt_tokens: int = 256,
+    generated_tokens: int = 64,
+    repetitions: int = 3,
+    threads: int | None = None,
+    mode: str | None = None,
 ) -> Speed:
     """Prompt processing and token generation speed.
 
+    Args:
+        mode: auto, load or fused (docs/runtime-modes.md); None leaves it to the environment.
     Raises:
         FormatError: the file is missing.
         ToolError: llama-bench failed.
@@ -34,7 +48,7 @@ def measure_speed(
     arguments = ["-m", model, "-p", str(prompt_tokens), "-n", str(generated_tokens), "-r", str(repetitions), "-o", "json"]
     if threads:
         arguments += ["-t", str(threads)]
-    output = run_tool("llama-bench", arguments, model=model)
+    output = run_tool("llama-bench", arguments, model=model, mode=mode)
     try:
         tests = json.loads(output.stdout)
         prompt = next(t for t in tests if t["n_prompt"] > 0 and t["n_gen"] == 0)

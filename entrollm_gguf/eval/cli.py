@@ -137,7 +137,19 @@ def demo_table(result: DemoResult) -> Table:
     """The comparison as a table."""
     table = Table(title=f"SmolLM2-135M-Instruct, {result.chunks} x {result.context} tokens of {result.text}")
     table.add_column("type")
-    for heading in ("MB", "bits/\nweight", "coded\nbits", "entropy", "perplexity", "KLD", "same\ntop %", "prompt\ntok/s", "gen\ntok/s"):
+    for heading in (
+        "MB",
+        "bits/\nweight",
+        "coded\nbits",
+        "entropy",
+        "perplexity",
+        "KLD",
+        "same\ntop %",
+        "prompt\ntok/s",
+        "gen\ntok/s",
+        "fused\nprompt",
+        "fused\ngen",
+    ):
         table.add_column(heading, justify="right")
     for row in result.rows:
         p = row.perplexity
@@ -152,5 +164,7 @@ def demo_table(result: DemoResult) -> Table:
             "" if p.same_top_percent is None else f"{p.same_top_percent:.1f}",
             f"{row.speed.prompt:.0f}",
             f"{row.speed.generation:.1f}",
+            "" if row.fused_speed is None else f"{row.fused_speed.prompt:.0f}",
+            "" if row.fused_speed is None else f"{row.fused_speed.generation:.1f}",
         )
     return table

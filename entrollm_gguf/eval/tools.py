@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from entrollm_gguf.errors import FormatError, ToolError
 _ERROR_LINE = re.compile(r"error|failed|invalid|refus|cannot|unable|must", re.IGNORECASE)
 
 
-def run_tool(name: str, arguments: Sequence[str | Path], *, model: Path) -> subprocess.CompletedProcess[str]:
+def run_tool(name: str, arguments: Sequence[str | Path], *, model: Path, mode: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a tool of the runtime on a model file.
 
+    Args:
+        mode: auto, load or fused (docs/runtime-modes.md); None leaves it to the environment.
     Returns:
         the completed process, with stdout and stderr as text.
     Raises:
@@ -28,7 +31,8 @@ def run_tool(name: str, arguments: Sequence[str | Path], *, model: Path) -> subp
     if not model.is_file():
         raise FormatError(f"{model}: no such file")
     command = [str(runtime.tool(name)), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    environment = os.environ if mode is None else {**os.environ, "GGML_ENTROPY_MODE": mode}
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=environment)
     if result.returncode != 0:
         raise ToolError(f"{model}: {name} failed: {_complaint(result)}")
     return result
