@@ -78,7 +78,8 @@ class BuildOptions:
                 "GGML_RPC": "OFF",
             }
             checks = {"address": ("ADDRESS", "UNDEFINED"), "thread": ("THREAD",)}[self.sanitize]
-            options |= {f"LLAMA_SANITIZE_{check}": "ON" for check in checks}
+            # each half of the tree has options of its own
+            options |= {f"{half}_SANITIZE_{check}": "ON" for check in checks for half in ("GGML", "LLAMA")}
         return options
 
     def targets(self) -> list[str]:

@@ -17,6 +17,14 @@ export UBSAN_OPTIONS=print_stacktrace=0
 export TSAN_OPTIONS="halt_on_error=0 exitcode=66"
 status=0
 
+# a library that was built without instrumentation finds nothing
+for library in ggml-base ggml-cpu llama; do
+    if ! nm "$built/lib$library.so" | grep -q "__${kind:0:1}san_"; then
+        echo "lib$library.so is not instrumented" >&2
+        exit 1
+    fi
+done
+
 ops() {
     "$bin/python" tests/fused_cases.py "$work/cases.gguf"
     for level in ref generic; do
@@ -35,7 +43,7 @@ if [ "$kind" = address ]; then
     echo "== loader, load and fused mode"
     for model in $("$bin/python" tests/sanitizers/make_models.py "$work"); do
         for mode in load fused; do
-            GGML_ENTROPY_MODE=$mode "$built/test-entropy-load" "$model" --stride "${STRIDE:-13}" 2>&1 | tee "$work/load-$mode-$(basename "$model").log" || status=1
+            GGML_ENTROPY_MODE=$mode "$built/test-entropy-load" "$model" --jobs "${PART:-4/1}" 2>&1 | tee "$work/load-$mode-$(basename "$model").log" || status=1
         done
     done
 else
