@@ -130,6 +130,7 @@ struct worker {
     ggml_compute_params       * params;
     const ggml_tensor         * w;
     const ggml_tensor         * x;
+    bool                        has_offset; // all slabs alike
     work_layout                 layout;
     const ggml_entropy_kernel & kernel;
     ggml_entropy_decoder      * decoder;
@@ -137,7 +138,8 @@ struct worker {
     int64_t                     i_slab = -1; // that the decoder is open for
 
     worker(ggml_compute_params * params, const ggml_tensor * op) :
-            params(params), w(op->src[0]), x(op->src[1]), layout(op, params->nth),
+            params(params), w(op->src[0]), x(op->src[1]),
+            has_offset(((const ggml_entropy_header *) w->data)->offset_mode != GGML_ENTROPY_OFFSET_NONE), layout(op, params->nth),
             kernel(params->use_ref ? *ggml_entropy_kernel_find("ref") : ggml_entropy_kernel_active()) {
         // aligned here: the caller's work buffer may start anywhere
         GGML_ASSERT(params->wsize >= layout.end + 64);
@@ -166,10 +168,6 @@ struct worker {
         }
         ggml_entropy_decoder_open(decoder, &view);
         i_slab = i;
-    }
-
-    bool has_offset() const { // of all slabs alike
-        return decoder->view.header->offset_mode != GGML_ENTROPY_OFFSET_NONE;
     }
 
     const block_q8_0 * column(int term, int64_t i) const {
@@ -211,7 +209,6 @@ static void quantize_columns(worker & wk) {
     const ggml_from_float_t quantize = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
     const ggml_tensor * x = wk.x;
     const int64_t n_blocks = x->ne[0]/QK8_0;
-    wk.open(0);
     for (int64_t c = wk.params->ith; c < ggml_nrows(x); c += wk.params->nth) {
         const int64_t i11 = c % x->ne[1];
         const int64_t i12 = c / x->ne[1] % x->ne[2];
@@ -219,9 +216,9 @@ static void quantize_columns(worker & wk) {
         const float * from = (const float *) ((const char *) x->data + i11*x->nb[1] + i12*x->nb[2] + i13*x->nb[3]);
         block_q8_0 * to = (block_q8_0 *) wk.column(0, c);
         quantize(from, to, x->ne[0]);
-        if (wk.has_offset()) {
+        if (wk.has_offset) {
             // the scratch for rows is free now and, 18 bytes a column at least, large enough for a column of floats
-            float      * rest  = (float *) wk.rows;
+            float      * rest    = (float *) wk.rows;
             block_q8_0 * to_rest = (block_q8_0 *) wk.column(1, c);
             subtract(from, to, n_blocks, rest);
             quantize(rest, to_rest, x->ne[0]);
@@ -245,8 +242,7 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
         ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, is_eq8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, wk.rows, row_size);
     }
 
-    const bool    has_offset = wk.has_offset();
-    const float * sums       = wk.at<float>(wk.layout.sums);
+    const float * sums = wk.at<float>(wk.layout.sums);
     for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK) {
         const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK, n - i0);
         int64_t column[COLUMN_BLOCK];
@@ -256,12 +252,12 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
             dst[i] += group*LANES;
         }
         for (int l = 0; l < n_lanes; l++) {
-            const float offset = has_offset ? ggml_entropy_row_offset(&view, group*LANES + l) : 0.0f;
+            const float offset = wk.has_offset ? ggml_entropy_row_offset(&view, group*LANES + l) : 0.0f;
             for (int i = 0; i < n_block; i++) {
                 const char * row = wk.rows + l*row_size;
                 float sum;
                 dot((int) wk.w->ne[0], &sum, 0, row, 0, wk.column(0, column[i]), 0, 1);
-                if (has_offset) {
+                if (wk.has_offset) {
                     float rest;
                     dot((int) wk.w->ne[0], &rest, 0, row, 0, wk.column(1, column[i]), 0, 1);
                     sum += rest + offset*sums[column[i]];
