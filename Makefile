@@ -32,7 +32,7 @@ test: runtime lint ## all tests of the default tier
 test-asan: runtime ## codec, ops and loader on damaged files, under AddressSanitizer and UBSan
 	bash tests/sanitizers/run.sh $(BIN) address
 
-test-tsan: runtime ## ops and loader with several threads, under ThreadSanitizer
+test-tsan: runtime ## ops with several threads, under ThreadSanitizer
 	bash tests/sanitizers/run.sh $(BIN) thread
 
 bench-micro: runtime ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
