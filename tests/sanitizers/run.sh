@@ -20,7 +20,7 @@ status=0
 
 # a library that was built without instrumentation finds nothing
 for library in ggml-base ggml-cpu; do
-    if ! nm "$built/lib$library.so" | grep -q "__${kind:0:1}san_"; then
+    if ! nm "$built/lib$library.so" | grep "__${kind:0:1}san_" > /dev/null; then
         echo "lib$library.so is not instrumented" >&2
         exit 1
     fi
