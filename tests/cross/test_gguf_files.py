@@ -155,9 +155,9 @@ def test_modes(converted):
 
     assert run(None).returncode == 0
     assert run("load").returncode == 0
-    for mode in ("nonsense", "fused"):
-        refused = run(mode)
-        assert refused.returncode != 0 and mode in refused.stderr
+    assert run("fused").returncode == 0
+    refused = run("nonsense")
+    assert refused.returncode != 0 and "unknown value 'nonsense' of GGML_ENTROPY_MODE: use auto, load or fused" in refused.stderr
     assert run("nonsense", "--override-kv", "entropy.mode=str:load").returncode == 0
     assert run(None, "--override-kv", "entropy.mode=str:nonsense").returncode != 0
 
