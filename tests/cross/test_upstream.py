@@ -29,7 +29,9 @@ def test_quantize_fns():
 @pytest.mark.parametrize(
     "ops, cases",
     [
-        ("GET_ROWS", ""),
+        ("GET_ROWS", ""),  # with ours
+        ("MUL_MAT", "type_a=eq"),
+        ("MUL_MAT_ID", "type_a=eq"),
         # the types that ours decode to; all cases of all types take a quarter of an hour
         ("MUL_MAT", r"type_a=(f16|q8_0|q4_0|q4_1),type_b=f32,m=16,n=(1|9),k=256"),
     ],
