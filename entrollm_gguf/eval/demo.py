@@ -27,7 +27,7 @@ from entrollm_gguf.inspect.verify import verify_file
 QUESTION = "What is the capital of France?"
 CHAT_RECIPE = "EQ8-mixed"
 STOCK_TYPES = ("Q8_0", "Q4_K_M")
-SPEED_ROUNDS = 3
+SPEED_ROUNDS = 2
 
 Say = Callable[[str], None]
 
@@ -119,7 +119,7 @@ def _speeds(files: dict[str, Path], threads: int | None, mode: str = "load") -> 
     best: dict[str, Speed] = {}
     for _ in range(SPEED_ROUNDS):
         for name, path in files.items():
-            speed = measure_speed(path, prompt_tokens=128, generated_tokens=24, repetitions=2, threads=threads, mode=mode)
+            speed = measure_speed(path, prompt_tokens=128, generated_tokens=16, repetitions=2, threads=threads, mode=mode)
             best[name] = speed.best(best.get(name, speed))
     return best
 
