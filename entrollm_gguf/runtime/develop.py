@@ -23,6 +23,7 @@ _AUTHOR = (
     "-c",
     "commit.gpgsign=false",
 )
+_FROM = "From: EntroLLM-GGUF contributors <contributors@entrollm-gguf.invalid>"
 _NAME_LENGTH = 59  # of the subject in a file name
 _OVERLAY_TAG = "entrollm-overlay"
 
@@ -77,6 +78,7 @@ def export_tree(folder: Path) -> list[str]:
         text = _git(folder, "format-patch", "--zero-commit", "--no-signature", "--stdout", f"{commit}^..{commit}", *others)
         if not text:
             continue  # changed overlay files only
+        text = re.sub(r"^From: .*(\n .*)*$", _FROM, text, count=1, flags=re.MULTILINE)
         text = re.sub(r"^Date: .*$", "Date: Thu, 1 Jan 2026 00:00:00 +0000", text, count=1, flags=re.MULTILINE)
         number = max(numbers.get(f"{subject}.patch", 0), last // 10 * 10 + 10)
         last = number

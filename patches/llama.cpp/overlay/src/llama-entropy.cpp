@@ -442,19 +442,25 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
         throw_damaged(src, status);
     }
 
+    int n_threads = 0;
     const bool in_place = ggml_backend_buffer_is_host(dst->buffer);
-    std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
-    uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
+    // a device that can decodes by itself, so that the small payload crosses the bus; --check-tensors wants to see the weights
+    if (in_place || check || !ggml_backend_entropy_dev_decode(src, coded, dst)) {
+        std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
+        uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
 
-    const int n_threads = decode_slabs(src, coded, dst->type, plain, false, &status);
-    if (status == GGML_ENTROPY_OK && check && !ggml_validate_row_data(dst->type, plain, n_plain)) {
-        status = GGML_ENTROPY_BAD_SCALE; // a weight of F16 may overflow
-    }
-    if (status != GGML_ENTROPY_OK) {
-        throw_damaged(src, status);
-    }
-    if (!in_place) {
-        ggml_backend_tensor_set(dst, plain, 0, n_plain);
+        n_threads = decode_slabs(src, coded, dst->type, plain, false, &status);
+        if (status == GGML_ENTROPY_OK && check && !ggml_validate_row_data(dst->type, plain, n_plain)) {
+            status = GGML_ENTROPY_BAD_SCALE; // a weight of F16 may overflow
+        }
+        if (status != GGML_ENTROPY_OK) {
+            throw_damaged(src, status);
+        }
+        if (!in_place) {
+            ggml_backend_tensor_set(dst, plain, 0, n_plain);
+        }
+    } else {
+        decoded.n_on_device++;
     }
     if (mapped != nullptr) {
         drop_pages(mapped, n_coded);
@@ -477,9 +483,10 @@ std::string llama_entropy::reason() const {
 
 void llama_entropy::log_summary() const {
     if (decoded.n_tensors > 0) {
-        LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads (mode %s)\n", "llama_entropy",
+        const std::string on_device = decoded.n_on_device > 0 ? format(", %d of them on the device", decoded.n_on_device) : "";
+        LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads%s (mode %s)\n", "llama_entropy",
             decoded.n_tensors, decoded.n_coded/1024.0/1024.0, decoded.n_plain/1024.0/1024.0, decoded.seconds, decoded.n_threads,
-            reason().c_str());
+            on_device.c_str(), reason().c_str());
     }
     if (fused.n_tensors > 0) {
         ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Instructions per weight of the compiled mat-vec kernels, from the disassembly of an object file.
+
+The hot path of a kernel is the loop over units (32 columns). It is found as the shortest backward branch around the products of one
+unit (8 for one column) that also fills the ring: the other loops around products read words from global memory. Two loops in
+it copy words to the ring; they count as often as a unit runs them, which follows from the bits per weight: one round of the first for
+four full word rows, one of the second for a ragged word row, taken as a tenth of all (lanes of 85 words that differ by some 5 %).
+
+    python bench/gpu/instructions.py OBJECT [--json]
+
+Needs cuobjdump (CUDA toolkit, or PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+COLUMNS = 32  # of a unit
+BITS = {"EQ8": 5.3, "EQ4": 3.0}  # per weight
+RAGGED = 0.1  # of the word rows
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The unit loop of one kernel instance."""
+
+    kernel: str  # e.g. EQ8 x 1
+    n_instructions: float  # of a unit
+    by_name: dict[str, int]  # each instruction of the loop once
+
+    @property
+    def per_weight(self) -> float:
+        """Instructions of a lane per weight."""
+        return self.n_instructions / COLUMNS
+
+
+def disassemble(path: Path, cuobjdump: str = "cuobjdump") -> dict[str, list[tuple[int, str]]]:
+    """Function name -> (address, instruction) in order."""
+    text = subprocess.run([cuobjdump, "-sass", str(path)], check=True, capture_output=True, text=True).stdout
+    functions: dict[str, list[tuple[int, str]]] = {}
+    current: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            current = functions.setdefault(match[1], [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.+?);", line):
+            current.append((int(match[1], 16), match[2].strip()))
+    return functions
+
+
+def loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Bodies of all backward branches."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    found = []
+    for i, (address, text) in enumerate(code):
+        match = re.search(r"\bBRA(?:\.\S+)?\s+.*?(0x[0-9a-f]+)", text)
+        if match and (target := int(match[1], 16)) <= address and target in at:
+            found.append([instruction for _, instruction in code[at[target] : i + 1]])
+    return found
+
+
+def name_of(instruction: str) -> str:
+    """Opcode without predicate and modifiers."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+
+
+def unit_loop(code: list[tuple[int, str]], n_products: int) -> list[str]:
+    """The loop over units, or an empty list."""
+    fitting = []
+    for body in loops(code):
+        names = Counter(map(name_of, body))
+        # the asynchronous copies of the ring stand in the fast loop alone
+        if names["IDP"] == n_products and names["LDGSTS"] > 0:
+            fitting.append(body)
+    return min(fitting, key=len, default=[])
+
+
+def rounds(body: list[str], code: list[tuple[int, str]], bits: float) -> float:
+    """Instructions that one unit runs: the loop, with the two loops in it as often as they run."""
+    n_rows = bits * COLUMNS / 32
+    text = "\n".join(body)
+    inner = [one for one in loops(code) if len(one) < len(body) and "\n".join(one) in text]
+    total = float(len(body))
+    for one in inner:
+        names = Counter(map(name_of, one))
+        if names["LDGSTS"] == 0:
+            continue
+        total += len(one) * ((n_rows * RAGGED if names["VOTE"] else n_rows * (1 - RAGGED) / 4) - 1)
+    return total
+
+
+def count(path: Path, cuobjdump: str = "cuobjdump") -> list[Loop]:
+    """All mat-vec kernels of an object file."""
+    found = []
+    for function, code in disassemble(path, cuobjdump).items():
+        match = re.search(r"entropy_mat_vecIL9ggml_type(\d+)ELi(\d)E", function)
+        if match is None:
+            continue
+        columns = int(match[2])
+        body = unit_loop(code, 8 * columns)
+        if not body:
+            raise SystemExit(f"{path}: {function}: no loop over units; the kernel or the compiler has changed")
+        names = Counter(map(name_of, body))
+        kind = {"500": "EQ8", "501": "EQ4"}[match[1]]
+        found.append(Loop(f"{kind} x {columns}", rounds(body, code, BITS[kind]), dict(names.most_common())))
+    return sorted(found, key=lambda loop: loop.kernel)
+
+
+def main() -> None:
+    """Print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("object", type=Path, help="compiled entropy.cu, for sm_80 or newer")
+    parser.add_argument("--cuobjdump", default="cuobjdump")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = count(arguments.object, arguments.cuobjdump)
+    if arguments.json:
+        print(json.dumps([{"kernel": one.kernel, "per_weight": round(one.per_weight, 2), "instructions": one.by_name} for one in found], indent=1))
+        return
+    for one in found:
+        top = ", ".join(f"{name} {n}" for name, n in list(one.by_name.items())[:8])
+        print(f"{one.kernel}: {one.per_weight:5.2f} instructions per weight ({one.n_instructions:.0f} a unit; in the loop: {top})")
+
+
+if __name__ == "__main__":
+    main()

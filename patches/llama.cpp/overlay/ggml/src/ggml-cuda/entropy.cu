@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: MIT
+//
+// Ops with entropy-coded weights on CUDA devices.
+//
+// MUL_MAT with up to 8 columns and MUL_MAT_ID with up to 8 tokens decode inside of the mat-vec kernel. Larger batches decode once into a buffer
+// of a stock type and go on as that: MUL_MAT into F16, by the path that F16 weights take (bit-exact weights, whatever their offsets);
+// MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts columns by expert without asking the device; a small
+// kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices beyond go in chunks of rows.
+//
+// The host knows type, ne and nb of a weight and nothing of its payload: reading a header would mean waiting. So kernels look for
+// themselves what tile_cols is and whether there are offsets.
+
+#include "entropy.cuh"
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "entropy/entropy-launch.cuh"
+#include "mmq.cuh"
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+static const entropy_tuning & tuning_of(int device) {
+    static const std::vector<entropy_tuning> tunings = []() {
+        std::vector<entropy_tuning> all;
+        for (int i = 0; i < ggml_cuda_info().device_count; i++) {
+            all.push_back(entropy_tuning_of(ggml_cuda_info().devices[i].cc, ggml_cuda_info().devices[i].smpbo));
+        }
+        return all;
+    }();
+    return tunings[device];
+}
+
+// Launches on a stream. A kernel that wants more than 48 KB of shared memory has to be told so once per device.
+struct stream_launcher {
+    cudaStream_t stream;
+
+    template <typename Args>
+    void operator()(void (*kernel)(Args), dim3 grid, int n_threads, int n_shared, const Args & args) const {
+        allow_shared(kernel);
+        kernel<<<grid, n_threads, n_shared, stream>>>(args);
+        CUDA_CHECK(cudaGetLastError());
+    }
+
+    template <typename Args>
+    static void allow_shared(void (*kernel)(Args)) {
+        static std::mutex mutex;
+        static std::vector<std::pair<const void *, int>> allowed;
+        const int device = ggml_cuda_get_device();
+        const std::pair<const void *, int> key((const void *) kernel, device);
+        std::lock_guard<std::mutex> lock(mutex);
+        if (std::find(allowed.begin(), allowed.end(), key) == allowed.end()) {
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) ggml_cuda_info().devices[device].smpbo));
+            allowed.push_back(key);
+        }
+    }
+};
+
+static entropy_source source_of(const ggml_tensor * x) {
+    return { (const float *) x->data, x->ne[1], x->ne[2], (int64_t) (x->nb[1]/sizeof(float)), (int64_t) (x->nb[2]/sizeof(float)), (int64_t) (x->nb[3]/sizeof(float)) };
+}
+
+// ---- up to 8 columns ---------------------------------------------------------------------------------------------------------------
+
+template <ggml_type TYPE>
+static entropy_columns quantize_columns(const stream_launcher & launcher, const ggml_tensor * w, const ggml_tensor * x, void * memory) {
+    const entropy_columns columns = entropy_columns::at(memory, ggml_nrows(x), x->ne[0]);
+    entropy_launch_quantize<TYPE>(launcher, { (const uint8_t *) w->data, source_of(x), columns });
+    return columns;
+}
+
+template <ggml_type TYPE>
+static void mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, const ggml_tensor * ids, ggml_tensor * dst) {
+    const stream_launcher launcher = { ctx.stream() };
+    ggml_cuda_pool_alloc<int4> memory(ctx.pool(), entropy_columns::size(ggml_nrows(x), x->ne[0])/sizeof(int4) + 1);
+
+    entropy_mat_vec_args args = {};
+    args.payload         = (const uint8_t *) w->data;
+    args.slab_stride     = (int64_t) w->nb[2];
+    args.columns         = quantize_columns<TYPE>(launcher, w, x, memory.get());
+    args.y               = (float *) dst->data;
+    args.n1              = x->ne[1];
+    args.planes_per_slab = 1;
+    const int64_t s1 = dst->nb[1]/sizeof(float);
+    const int64_t s2 = dst->nb[2]/sizeof(float);
+    const int64_t s3 = dst->nb[3]/sizeof(float);
+    if (ids != nullptr) {
+        args.y2        = s1; // slots
+        args.y3        = s2; // tokens
+        args.ids       = (const int32_t *) ids->data;
+        args.ids_s0    = ids->nb[0]/sizeof(int32_t);
+        args.ids_s1    = ids->nb[1]/sizeof(int32_t);
+        args.n_experts = (int) w->ne[2];
+        entropy_launch_mat_vec<TYPE>(launcher, args, 1, w->ne[1], ids->ne[0], ids->ne[1], tuning_of(ctx.device));
+    } else {
+        args.y1              = s1;
+        args.y2              = s2;
+        args.y3              = s3;
+        args.n2              = x->ne[2];
+        args.planes_per_slab = (int) (x->ne[2]/w->ne[2]);
+        entropy_launch_mat_vec<TYPE>(launcher, args, (int) x->ne[1], w->ne[1], x->ne[2], x->ne[3], tuning_of(ctx.device));
+    }
+}
+
+// ---- batches -----------------------------------------------------------------------------------------------------------------------
+
+// Rows of a stock type in the pool, as a tensor that the stock paths take. Its last row may be read on to a multiple of 512 columns.
+struct decoded_rows {
+    ggml_cuda_pool_alloc<uint8_t> memory;
+    ggml_tensor tensor;
+
+    decoded_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * w, ggml_type plain, int64_t n_rows, int64_t n_slabs) : memory(ctx.pool()) {
+        tensor        = *w;
+        tensor.type   = plain;
+        tensor.ne[1]  = n_rows;
+        tensor.ne[2]  = n_slabs;
+        tensor.nb[0]  = ggml_type_size(plain);
+        tensor.nb[1]  = ggml_row_size(plain, w->ne[0]);
+        tensor.nb[2]  = tensor.nb[1]*n_rows;
+        tensor.nb[3]  = tensor.nb[2]*n_slabs;
+        tensor.op     = GGML_OP_NONE;
+        tensor.view_src = nullptr;
+        const size_t n_bytes   = tensor.nb[3];
+        const size_t n_padding = ggml_row_size(plain, MATRIX_ROW_PADDING);
+        tensor.data = memory.alloc(n_bytes + n_padding);
+        CUDA_CHECK(cudaMemsetAsync((uint8_t *) tensor.data + n_bytes, 0, n_padding, ctx.stream()));
+    }
+};
+
+// Rows that go into the scratch at a time, a multiple of 128 as MMQ likes it.
+static int64_t rows_of_chunk(ggml_backend_cuda_context & ctx, size_t row_size, int64_t n_rows, int64_t n_slabs) {
+    const int64_t n = (int64_t) (tuning_of(ctx.device).scratch_size/(row_size*n_slabs))/128*128;
+    return std::min(n_rows, std::max<int64_t>(n, 128));
+}
+
+static void decode_rows(
+        ggml_backend_cuda_context & ctx, const ggml_tensor * w, int64_t i_slab, const int32_t * n_routes, int64_t row0, const ggml_tensor & to) {
+    const entropy_rows_args args = {
+        (const uint8_t *) w->data + i_slab*w->nb[2], (int64_t) w->nb[2], (int) (row0/ENTROPY_LANES),
+        (uint8_t *) to.data, (int64_t) to.nb[1], (int64_t) to.nb[2], n_routes,
+    };
+    const bool known = entropy_launch_decode(
+        stream_launcher{ ctx.stream() }, w->type, to.type, args, entropy_ceil_div(to.ne[1], ENTROPY_LANES), w->ne[0], w->ne[1], to.ne[2], tuning_of(ctx.device));
+    GGML_ASSERT(known);
+}
+
+// A chunk of rows gives a part of every column of dst. The stock paths want a contiguous result, so a part is made beside dst and copied.
+static void mul_mat_batch(
+        ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, ggml_tensor * dst, ggml_cuda_mul_mat_t stock) {
+    cudaStream_t stream = ctx.stream();
+    const int64_t n_planes = x->ne[2]/w->ne[2];
+    const int64_t n_rows   = rows_of_chunk(ctx, ggml_row_size(GGML_TYPE_F16, w->ne[0]), w->ne[1], 1);
+    const bool    whole    = n_rows == w->ne[1];
+    decoded_rows rows(ctx, w, GGML_TYPE_F16, n_rows, 1);
+    ggml_cuda_pool_alloc<float> part(ctx.pool());
+    if (!whole) {
+        part.alloc(n_rows*x->ne[1]);
+    }
+    for (int64_t i_slab = 0; i_slab < w->ne[2]; i_slab++) {
+        for (int64_t row0 = 0; row0 < w->ne[1]; row0 += n_rows) {
+            ggml_tensor chunk = rows.tensor;
+            chunk.ne[1] = std::min(n_rows, w->ne[1] - row0);
+            chunk.nb[2] = chunk.nb[3] = chunk.nb[1]*chunk.ne[1];
+            decode_rows(ctx, w, i_slab, nullptr, row0, chunk);
+            for (int64_t i = 0; i < n_planes*x->ne[3]; i++) {
+                const int64_t i2 = i_slab*n_planes + i%n_planes;
+                const int64_t i3 = i/n_planes;
+                ggml_tensor from = *x;
+                from.data  = (char *) x->data + i2*x->nb[2] + i3*x->nb[3];
+                from.ne[2] = from.ne[3] = 1;
+                from.nb[2] = from.nb[3] = from.nb[1]*from.ne[1];
+                ggml_tensor to = *dst;
+                char * result = (char *) dst->data + i2*dst->nb[2] + i3*dst->nb[3];
+                to.ne[0] = chunk.ne[1];
+                to.ne[2] = to.ne[3] = 1;
+                to.nb[1] = to.ne[0]*sizeof(float);
+                to.nb[2] = to.nb[3] = to.nb[1]*to.ne[1];
+                to.data  = whole ? result : (void *) part.get();
+                to.src[0] = &chunk;
+                to.src[1] = &from;
+                stock(ctx, &chunk, &from, &to);
+                if (!whole) {
+                    CUDA_CHECK(cudaMemcpy2DAsync(result + row0*sizeof(float), dst->nb[1], to.data, to.nb[1], to.nb[1], to.ne[1], cudaMemcpyDeviceToDevice, stream));
+                }
+            }
+        }
+    }
+}
+
+static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, const ggml_tensor * ids, ggml_tensor * dst) {
+    cudaStream_t stream = ctx.stream();
+    const ggml_type plain   = w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
+    const int64_t   n_slabs = w->ne[2];
+    const int64_t   n_rows  = rows_of_chunk(ctx, ggml_row_size(plain, w->ne[0]), w->ne[1], n_slabs);
+    const int64_t   ids_s0  = ids->nb[0]/sizeof(int32_t);
+    const int64_t   ids_s1  = ids->nb[1]/sizeof(int32_t);
+
+    ggml_cuda_pool_alloc<int32_t> n_routes(ctx.pool(), n_slabs);
+    entropy_count_routes<<<1, 256, 0, stream>>>((const int32_t *) ids->data, ids_s0, ids_s1, (int) ids->ne[0], (int) ids->ne[1], (int) n_slabs, n_routes.get());
+    CUDA_CHECK(cudaGetLastError());
+
+    decoded_rows rows(ctx, w, plain, n_rows, n_slabs);
+    for (int64_t row0 = 0; row0 < w->ne[1]; row0 += n_rows) {
+        ggml_tensor chunk = rows.tensor;
+        chunk.ne[1] = std::min(n_rows, w->ne[1] - row0); // nb stays: slabs keep their places
+        decode_rows(ctx, w, 0, n_routes.get(), row0, chunk);
+        ggml_tensor to = *dst;
+        to.ne[0]  = chunk.ne[1];
+        to.data   = (char *) dst->data + row0*sizeof(float);
+        to.src[0] = &chunk;
+        ggml_cuda_mul_mat_q(ctx, &chunk, x, ids, &to);
+    }
+    const entropy_offsets_args offsets = {
+        (const uint8_t *) w->data, (int64_t) w->nb[2], source_of(x), (float *) dst->data,
+        (int64_t) (dst->nb[1]/sizeof(float)), (int64_t) (dst->nb[2]/sizeof(float)), (const int32_t *) ids->data, ids_s0, ids_s1, (int) n_slabs, (int) x->ne[0],
+    };
+    constexpr int n_threads = 128;
+    stream_launcher{ stream }(entropy_add_offsets, dim3(1, (uint32_t) ids->ne[0], (uint32_t) ids->ne[1]), n_threads, (int) (n_threads*sizeof(float)), offsets);
+}
+
+// ---- ops ---------------------------------------------------------------------------------------------------------------------------
+
+bool ggml_cuda_entropy_mul_mat(
+        ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst, ggml_cuda_mul_mat_t stock) {
+    if (!ggml_entropy_is_type(src0->type)) {
+        return false;
+    }
+    if (src1->ne[1] > ENTROPY_MAX_COLUMNS) {
+        mul_mat_batch(ctx, src0, src1, dst, stock);
+    } else if (src0->type == GGML_TYPE_EQ8) {
+        mat_vec<GGML_TYPE_EQ8>(ctx, src0, src1, nullptr, dst);
+    } else {
+        mat_vec<GGML_TYPE_EQ4>(ctx, src0, src1, nullptr, dst);
+    }
+    return true;
+}
+
+bool ggml_cuda_entropy_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * w   = dst->src[0];
+    const ggml_tensor * x   = dst->src[1];
+    const ggml_tensor * ids = dst->src[2];
+    if (!ggml_entropy_is_type(w->type)) {
+        return false;
+    }
+    if (ids->ne[1] > ENTROPY_MAX_COLUMNS) {
+        mul_mat_id_batch(ctx, w, x, ids, dst);
+    } else if (w->type == GGML_TYPE_EQ8) {
+        mat_vec<GGML_TYPE_EQ8>(ctx, w, x, ids, dst);
+    } else {
+        mat_vec<GGML_TYPE_EQ4>(ctx, w, x, ids, dst);
+    }
+    return true;
+}
+
+bool ggml_cuda_entropy_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * w   = dst->src[0];
+    const ggml_tensor * ids = dst->src[1];
+    if (!ggml_entropy_is_type(w->type)) {
+        return false;
+    }
+    const entropy_get_rows_args args = {
+        (const uint8_t *) w->data, (int64_t) w->nb[2], (const int32_t *) ids->data, (int64_t) (ids->nb[0]/sizeof(int32_t)),
+        (int64_t) (ids->nb[1]/sizeof(int32_t)), (int) w->ne[1], (float *) dst->data, (int64_t) (dst->nb[1]/sizeof(float)), (int64_t) (dst->nb[2]/sizeof(float)),
+    };
+    if (ggml_nelements(ids) == 0) {
+        return true;
+    }
+    const stream_launcher launcher = { ctx.stream() };
+    if (w->type == GGML_TYPE_EQ8) {
+        entropy_launch_get_rows<GGML_TYPE_EQ8>(launcher, args, ids->ne[0], w->ne[0], w->ne[2]);
+    } else {
+        entropy_launch_get_rows<GGML_TYPE_EQ4>(launcher, args, ids->ne[0], w->ne[0], w->ne[2]);
+    }
+    return true;
+}
+
+// ---- registry ----------------------------------------------------------------------------------------------------------------------
+
+// MMQ, which batches of MUL_MAT_ID go through, has no code for devices without dp4a.
+static bool has_dp4a() {
+    for (int i = 0; i < ggml_cuda_info().device_count; i++) {
+        if (ggml_cuda_info().devices[i].cc < GGML_CUDA_CC_DP4A) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Exactly what the functions above do. The buffer is asked by the scheduler.
+static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    if (op->op == GGML_OP_NONE) {
+        return true;
+    }
+    const ggml_tensor * w = op->src[0];
+    if (w == nullptr || !ggml_entropy_is_type(w->type) || w->ne[3] != 1 || op->type != GGML_TYPE_F32) {
+        return false;
+    }
+    for (int i = 1; i < GGML_MAX_SRC; i++) {
+        if (op->src[i] != nullptr && ggml_entropy_is_type(op->src[i]->type)) {
+            return false;
+        }
+    }
+    const ggml_tensor * x = op->src[1];
+    const auto is_float = [](const ggml_tensor * t) { return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float); };
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+            return is_float(x) && x->ne[2] % w->ne[2] == 0 && x->ne[2] <= ENTROPY_MAX_GRID_YZ && x->ne[3] <= ENTROPY_MAX_GRID_YZ;
+        case GGML_OP_MUL_MAT_ID:
+            return has_dp4a() && is_float(x) && x->ne[3] == 1 && op->src[2]->type == GGML_TYPE_I32 && op->src[2]->nb[0] == sizeof(int32_t)
+                && op->src[2]->ne[0] <= ENTROPY_MAX_GRID_YZ && op->src[2]->ne[1] <= ENTROPY_MAX_GRID_YZ && w->ne[2] <= ENTROPY_MAX_GRID_YZ;
+        case GGML_OP_GET_ROWS:
+            return x->type == GGML_TYPE_I32 && x->ne[2] == 1 && x->ne[3] == 1 && w->ne[2] <= ENTROPY_MAX_GRID_YZ;
+        default:
+            return false;
+    }
+}
+
+// Decode a validated payload from host memory into a tensor on a device: the small file crosses the bus and the device does the work. Waits
+// until it is done. False if dst is not simply memory of a device, or if memory is short: then the host decodes.
+static bool decode_to(const ggml_tensor * coded, const void * payload, ggml_tensor * dst) {
+    cudaPointerAttributes where;
+    if (cudaPointerGetAttributes(&where, dst->data) != cudaSuccess || where.type != cudaMemoryTypeDevice) {
+        (void) cudaGetLastError(); // not an error of ours
+        return false;
+    }
+    ggml_cuda_set_device(where.device);
+    const size_t n_bytes = ggml_nbytes(coded);
+    void * copy = nullptr;
+    if (cudaMalloc(&copy, n_bytes) != cudaSuccess) {
+        (void) cudaGetLastError();
+        return false;
+    }
+    CUDA_CHECK(cudaMemcpyAsync(copy, payload, n_bytes, cudaMemcpyHostToDevice, cudaStreamPerThread));
+    const entropy_rows_args args = {
+        (const uint8_t *) copy, (int64_t) coded->nb[2], 0, (uint8_t *) dst->data, (int64_t) dst->nb[1], (int64_t) dst->nb[2], nullptr,
+    };
+    const bool known = entropy_launch_decode(
+        stream_launcher{ cudaStreamPerThread }, coded->type, dst->type, args, entropy_ceil_div(coded->ne[1], ENTROPY_LANES),
+        coded->ne[0], coded->ne[1], coded->ne[2], tuning_of(where.device));
+    CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
+    CUDA_CHECK(cudaFree(copy));
+    return known;
+}
+
+void * ggml_cuda_entropy_get_proc_address(const char * name) {
+    if (std::strcmp(name, "ggml_backend_entropy_supports_op") == 0) {
+        return (void *) supports_op;
+    }
+    if (std::strcmp(name, "ggml_backend_entropy_decode") == 0) {
+        return (void *) decode_to;
+    }
+    return nullptr;
+}
+
+#else // HIP and MUSA: nothing is supported, so nothing comes here
+
+bool ggml_cuda_entropy_mul_mat(ggml_backend_cuda_context &, const ggml_tensor *, const ggml_tensor *, ggml_tensor *, ggml_cuda_mul_mat_t) {
+    return false;
+}
+
+bool ggml_cuda_entropy_mul_mat_id(ggml_backend_cuda_context &, ggml_tensor *) {
+    return false;
+}
+
+bool ggml_cuda_entropy_get_rows(ggml_backend_cuda_context &, ggml_tensor *) {
+    return false;
+}
+
+void * ggml_cuda_entropy_get_proc_address(const char *) {
+    return nullptr;
+}
+
+#endif

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT
+//
+// A compressed matrix times a few columns: y[column][row] = w[row] . x[column]. Decoding is the work; a decoded unit stays in registers
+// and meets every column there.
+//
+// First a kernel quantizes the columns of src1 to int8, blocks of 32 with a scale, laid out as the second kernel reads them. Then a
+// block owns one row group: its warps take the column slices in turn, lane = row, and add up in shared memory at the end. Products are
+// dp4a of unsigned symbols and signed activations; the zero point of the symbols (128, or 8) is taken out beforehand by starting a
+// unit's sum at -zero * sum(x).
+//
+// Weights with offsets: w = s*q + o gives s*sum(q*x) + o*sum(x). Their columns come as two int8 terms, the second for what the first left
+// over, as on the CPU (docs/decisions.md): the host does not know whether a slab has offsets, so the kernels look.
+
+#pragma once
+
+#include "entropy-decode.cuh"
+
+// Columns of src1 as the kernel reads them.
+//   codes: int8 [n_terms][n_columns][n_cols]; EQ4 wants the even columns of eight first, then the odd ones, as nibbles come
+//   units: int2 [n_terms][n_columns][n_cols/32]; scale (float bits) and -zero * (sum of the unit's codes)
+struct entropy_columns {
+    int8_t * codes;
+    int2   * units;
+    int64_t  n_columns;
+    int      n_cols;
+
+    static constexpr int n_terms = 2;
+
+    // bytes of both arrays, one behind the other
+    static size_t size(int64_t n_columns, int64_t n_cols) {
+        return n_terms*n_columns*(n_cols + n_cols/32*sizeof(int2));
+    }
+
+    static entropy_columns at(void * memory, int64_t n_columns, int64_t n_cols) {
+        int8_t * codes = (int8_t *) memory;
+        return { codes, (int2 *) (codes + n_terms*n_columns*n_cols), n_columns, (int) n_cols };
+    }
+
+    ENTROPY_MEMBER int64_t index(int term, int64_t column) const {
+        return term*n_columns + column;
+    }
+};
+
+// Where column i of src1 stands.
+struct entropy_source {
+    const float * data;
+    int64_t n1, n2;         // ne11, ne12
+    int64_t s1, s2, s3;     // strides in floats
+};
+
+struct entropy_quantize_args {
+    const uint8_t * payload; // any slab: all have the same modes
+    entropy_source  source;
+    entropy_columns columns;
+};
+
+// Grid: (units of a column / warps, columns). One warp quantizes one unit, as quantize_row_q8_0 does.
+template <ggml_type TYPE>
+__global__ void entropy_quantize_columns(const entropy_quantize_args args) {
+    const int     unit   = blockIdx.x*n_warps() + warp_id();
+    const int64_t column = blockIdx.y + (int64_t) blockIdx.z*gridDim.y;
+    const int     n_units = args.columns.n_cols/32;
+    if (unit >= n_units || column >= args.columns.n_columns) {
+        return;
+    }
+    const entropy_source & from = args.source;
+    const int64_t i1 = column % from.n1;
+    const int64_t i2 = column / from.n1 % from.n2;
+    const int64_t i3 = column / from.n1 / from.n2;
+    const int     lane = lane_id();
+    float x = global_load(from.data + i1*from.s1 + i2*from.s2 + i3*from.s3 + unit*32 + lane);
+
+    // place of this lane's code among the unit's
+    const int place = TYPE == GGML_TYPE_EQ4 ? lane/8*8 + lane%2*4 + lane%8/2 : lane;
+
+    const bool has_offset = entropy_slab(args.payload).offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    for (int term = 0; term < (has_offset ? 2 : 1); term++) {
+        // the largest magnitude: as bits, positive floats are in order
+        const float   largest = bits_float(warp_max(float_bits(x) & 0x7FFFFFFF));
+        const float   scale   = largest/127.0f;
+        const int32_t code    = scale > 0.0f ? round_to_int(x/scale) : 0;
+        const int32_t sum     = warp_sum(code);
+        const int64_t i       = args.columns.index(term, column);
+        global_store(args.columns.codes + i*args.columns.n_cols + unit*32 + place, (int8_t) code);
+        if (lane == 0) {
+            global_store(args.columns.units + i*n_units + unit, make_int2((int) float_bits(scale), -entropy_traits<TYPE>::zero*sum));
+        }
+        x = add(x, -multiply(scale, (float) code));
+    }
+}
+
+struct entropy_mat_vec_args {
+    const uint8_t * payload;
+    int64_t         slab_stride;
+    entropy_columns columns;
+    float         * y;
+    int64_t         y1, y2, y3;     // strides in floats: column, plane
+    // MUL_MAT: block (., i2, i3) takes slab i2 / planes_per_slab and the columns of plane (i2, i3)
+    int64_t         n1, n2;         // ne11, ne12
+    int             planes_per_slab;
+    // MUL_MAT_ID: block (., slot, token) takes the expert that ids tells and one column
+    const int32_t * ids;            // nullptr for MUL_MAT
+    int64_t         ids_s0, ids_s1; // strides in int32
+    int             n_experts;
+};
+
+// What a warp adds up over its slices: for each column of its lane's row the dot product and, with offsets, the sum of the column.
+template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
+struct entropy_dot {
+    const int8_t * codes; // of the first column
+    const int2   * units;
+    const int8_t * next_codes; // of the unit that comes
+    const int2   * next_units;
+    int64_t stride;       // from term to term, in columns
+    int     n_cols;
+    float   dot[N_COLUMNS];
+    float   sum[N_COLUMNS]; // times -zero
+
+    ENTROPY_MEMBER entropy_dot(const entropy_columns & x, int64_t column0) :
+            codes(x.codes + column0*x.n_cols), units(x.units + column0*(x.n_cols/32)), stride(x.n_columns), n_cols(x.n_cols) {
+        ENTROPY_UNROLL
+        for (int c = 0; c < N_COLUMNS; c++) {
+            dot[c] = sum[c] = 0.0f;
+        }
+    }
+
+    ENTROPY_MEMBER void begin(int col, int) {
+        next_codes = codes + col;
+        next_units = units + col/32;
+    }
+
+    ENTROPY_MEMBER void take(const uint32_t (&symbols)[entropy_traits<TYPE>::unit_words]) {
+        ENTROPY_UNROLL
+        for (int term = 0; term < N_TERMS; term++) {
+            ENTROPY_UNROLL
+            for (int c = 0; c < N_COLUMNS; c++) {
+                // all lanes read the same: one broadcast from the L1 cache
+                const int64_t i    = term*stride + c;
+                const int4  * from = (const int4 *) (next_codes + i*n_cols);
+                const int2    unit = global_load(next_units + i*(n_cols/32));
+                const int4    a    = global_load(from);
+                const int4    b    = global_load(from + 1);
+                int32_t p = unit.y;
+                if constexpr (TYPE == GGML_TYPE_EQ8) {
+                    p = dot_u8_s8(symbols[0], a.x, p);
+                    p = dot_u8_s8(symbols[1], a.y, p);
+                    p = dot_u8_s8(symbols[2], a.z, p);
+                    p = dot_u8_s8(symbols[3], a.w, p);
+                    p = dot_u8_s8(symbols[4], b.x, p);
+                    p = dot_u8_s8(symbols[5], b.y, p);
+                    p = dot_u8_s8(symbols[6], b.z, p);
+                    p = dot_u8_s8(symbols[7], b.w, p);
+                } else {
+                    p = dot_u8_s8(symbols[0]      & 0x0F0F0F0F, a.x, p);
+                    p = dot_u8_s8(symbols[0] >> 4 & 0x0F0F0F0F, a.y, p);
+                    p = dot_u8_s8(symbols[1]      & 0x0F0F0F0F, a.z, p);
+                    p = dot_u8_s8(symbols[1] >> 4 & 0x0F0F0F0F, a.w, p);
+                    p = dot_u8_s8(symbols[2]      & 0x0F0F0F0F, b.x, p);
+                    p = dot_u8_s8(symbols[2] >> 4 & 0x0F0F0F0F, b.y, p);
+                    p = dot_u8_s8(symbols[3]      & 0x0F0F0F0F, b.z, p);
+                    p = dot_u8_s8(symbols[3] >> 4 & 0x0F0F0F0F, b.w, p);
+                }
+                const float scale = bits_float(unit.x);
+                dot[c] += scale*(float) p;
+                if constexpr (N_TERMS > 1) {
+                    sum[c] += scale*(float) unit.y;
+                }
+            }
+        }
+        next_codes += 32;
+        next_units += 1;
+    }
+};
+
+// Shared memory: table, then a ring for each warp; sums take the place of the rings.
+static constexpr int entropy_mat_vec_shared_size(int n_warps) {
+    return ENTROPY_TABLE_SIZE + n_warps*ENTROPY_RING_SIZE;
+}
+
+template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
+ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_mat_vec_args & args, const entropy_slab & slab, int group, int64_t column0, float * y) {
+    const uint32_t rings = ENTROPY_TABLE_SIZE;
+
+    entropy_dot<TYPE, N_COLUMNS, N_TERMS> dot(args.columns, column0);
+    ENTROPY_NOUNROLL
+    for (int slice = warp_id(); slice < slab.n_slices; slice += n_warps()) {
+        entropy_decode_tile<TYPE>(slab, group, slice, rings + warp_id()*ENTROPY_RING_SIZE, dot);
+    }
+
+    const int lane = lane_id();
+    const int row  = group*ENTROPY_LANES + lane;
+    const float scale  = lane < slab.n_lanes(group) ? half_to_float(slab.scale(row)) : 0.0f;
+    const float offset = N_TERMS > 1 && lane < slab.n_lanes(group) ? slab.offset(row)/-entropy_traits<TYPE>::zero : 0.0f;
+    async_wait<0>();
+    block_sync(); // rings are at rest
+    ENTROPY_UNROLL
+    for (int c = 0; c < N_COLUMNS; c++) {
+        float value = scale*dot.dot[c];
+        if constexpr (N_TERMS > 1) {
+            value += offset*dot.sum[c];
+        }
+        shared_store<float>(rings + ((warp_id()*N_COLUMNS + c)*ENTROPY_LANES + lane)*4, value);
+    }
+    block_sync();
+    for (int c = warp_id(); c < N_COLUMNS; c += n_warps()) {
+        float value = 0.0f;
+        for (int w = 0; w < n_warps(); w++) {
+            value += shared_read<float>(rings + ((w*N_COLUMNS + c)*ENTROPY_LANES + lane)*4);
+        }
+        if (lane < slab.n_lanes(group)) {
+            global_store(y + c*args.y1 + row, value);
+        }
+    }
+}
+
+// Grid: (row groups, i2, i3) or (row groups, slots, tokens).
+template <ggml_type TYPE, int N_COLUMNS>
+__global__ void __launch_bounds__(512, N_COLUMNS <= 4 ? 2 : 1) entropy_mat_vec(const entropy_mat_vec_args args) {
+    int64_t i_slab  = blockIdx.y/args.planes_per_slab;
+    int64_t column0 = (blockIdx.z*args.n2 + blockIdx.y)*args.n1;
+    float * y       = args.y + blockIdx.y*args.y2 + blockIdx.z*args.y3;
+    if (args.ids != nullptr) {
+        const int32_t expert = global_load(args.ids + blockIdx.y*args.ids_s0 + blockIdx.z*args.ids_s1);
+        if (expert < 0 || expert >= args.n_experts) {
+            return; // the whole block
+        }
+        i_slab  = expert;
+        column0 = blockIdx.z*args.n1 + blockIdx.y % args.n1;
+    }
+    const entropy_slab slab(args.payload + i_slab*args.slab_stride);
+    entropy_fill_table(slab);
+    block_sync();
+    if (slab.offset_mode == GGML_ENTROPY_OFFSET_NONE) {
+        entropy_mat_vec_group<TYPE, N_COLUMNS, 1>(args, slab, blockIdx.x, column0, y);
+    } else {
+        entropy_mat_vec_group<TYPE, N_COLUMNS, 2>(args, slab, blockIdx.x, column0, y);
+    }
+}

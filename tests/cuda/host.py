@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels on the CPU: compiles host_kernels.cpp against the patched tree and calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from entrollm_gguf import runtime
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.runtime import tree
+from entrollm_gguf.runtime.fetch import fetch_sdist
+from entrollm_gguf.runtime.paths import patches_folder
+from entrollm_gguf.runtime.pin import read_pin
+
+SMALLEST_SHARED = 48 * 1024  # what every device gives
+LARGEST_SHARED = 227 * 1024  # sm_90
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("plain", ctypes.c_int32),
+        ("n_cols", ctypes.c_int64),
+        ("n_rows", ctypes.c_int64),
+        ("n_slabs", ctypes.c_int64),
+        ("slab_stride", ctypes.c_int64),
+    )
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (("n_warps", ctypes.c_int32), ("backwards", ctypes.c_int32), ("shared_size", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A payload and the shape its GGUF would give it."""
+
+    kind: EntropyType
+    payload: np.ndarray  # uint8
+    n_rows: int
+    n_cols: int
+    n_slabs: int = 1
+
+
+class KernelError(Exception):
+    """A kernel did something that a GPU may not forgive."""
+
+
+def patched_tree(folder: Path) -> Path:
+    """The patched llama.cpp, for its headers."""
+    pin = read_pin()
+    tree.assemble(tree.unpacked_source(fetch_sdist(pin), pin), patches_folder(), folder / "tree")
+    return folder / "tree" / tree.LLAMA_CPP
+
+
+class HostKernels:
+    """Functions as in host_kernels.cpp. All take numpy arrays and return new ones; KernelError tells what went wrong."""
+
+    def __init__(self, llama_cpp: Path, folder: Path, *flags: str) -> None:
+        library = folder / "libhostkernels.so"
+        includes = [Path(__file__).parent, llama_cpp / "ggml" / "include", llama_cpp / "ggml" / "src", llama_cpp / "ggml" / "src" / "ggml-cuda"]
+        base = runtime.library("ggml-base")
+        command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", "-shared", "-fPIC"]
+        command += [*flags, *(f"-I{path}" for path in includes), str(Path(__file__).parent / "host_kernels.cpp"), "-o", str(library)]
+        subprocess.run([*command, str(base), f"-Wl,-rpath,{base.parent}"], check=True)
+        self._library = ctypes.CDLL(str(library))
+        for name in ("host_decode", "host_get_rows", "host_mat_vec"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+
+    def _call(self, name: str, weights: Weights, plain: int, options: dict, *arguments) -> None:
+        shape = _Shape(
+            int(gguf.GGMLQuantizationType[weights.kind.name]),
+            plain,
+            weights.n_cols,
+            weights.n_rows,
+            weights.n_slabs,
+            weights.payload.size // weights.n_slabs,
+        )
+        chosen = _Options(options.get("n_warps", 16), options.get("backwards", False), options.get("shared_size", LARGEST_SHARED))
+        passed = [a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else None if a is None else ctypes.c_int64(a) for a in arguments]
+        error = getattr(self._library, name)(ctypes.byref(shape), ctypes.byref(chosen), weights.payload.ctypes.data_as(ctypes.c_void_p), *passed)
+        if error:
+            raise KernelError(error.decode())
+
+    def decode(self, weights: Weights, plain: str, group0: int = 0, n_groups: int | None = None, **options) -> np.ndarray:
+        """Row groups as bytes of a stock type, uint8 (n_slabs, rows, bytes of a row)."""
+        kind = gguf.GGMLQuantizationType[plain]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        n_groups = (weights.n_rows + 31) // 32 - group0 if n_groups is None else n_groups
+        n_rows = min(32 * n_groups, weights.n_rows - 32 * group0)
+        out = np.full((weights.n_slabs, n_rows, weights.n_cols // block * size), 0xCD, np.uint8)
+        self._call("host_decode", weights, int(kind), options, group0, n_groups, out)
+        return out
+
+    def get_rows(self, weights: Weights, ids: np.ndarray, **options) -> np.ndarray:
+        """Rows ids i32 (n_slabs, n) as f32 (n_slabs, n, n_cols)."""
+        out = np.full((*ids.shape, weights.n_cols), np.nan, np.float32)
+        self._call("host_get_rows", weights, 0, options, ids, ids.shape[1], out)
+        return out
+
+    def mat_vec(self, weights: Weights, x: np.ndarray, ids: np.ndarray | None = None, **options) -> np.ndarray:
+        """x f32 (planes, columns, n_cols) -> (planes, columns, n_rows); with ids i32 (tokens, slots): (tokens, slots, n_rows)."""
+        n_slots = 0 if ids is None else ids.shape[1]
+        out = np.full((x.shape[0], n_slots or x.shape[1], weights.n_rows), np.nan, np.float32)
+        self._call("host_mat_vec", weights, 0, options, x, x.shape[1], x.shape[0], ids, n_slots, out)
+        return out

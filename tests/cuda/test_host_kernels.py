@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels, thread by thread on the CPU (simt.h), against numpy, the reference decoder and the codec.
+
+Decoded weights are bit-exact. Sums of products differ from f64 by the rounding of f32.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fused_cases import Case, Made, all_cases, make, make_columns
+from host import SMALLEST_SHARED, HostKernels, KernelError, Weights, patched_tree
+from reference import decoder
+
+from entrollm_gguf import codec
+from entrollm_gguf.codec import EntropyType
+
+BOUND = 2e-6  # relative to the sum of absolute products, as on the CPU
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> HostKernels:
+    folder = tmp_path_factory.mktemp("cuda-host")
+    return HostKernels(patched_tree(folder), folder)
+
+
+def weights(one: Made) -> Weights:
+    n_slabs, n_rows, n_cols = one.codes.shape
+    return Weights(one.case.kind, one.payload, n_rows, n_cols, n_slabs)
+
+
+def values(one: Made) -> np.ndarray:
+    """Weights f64 (n_slabs, n_rows, n_cols) from the codes, which the encoder's own tests hold against the reference decoder."""
+    offset = 0 if one.offsets is None else one.offsets[:, :, None].astype(np.float64)
+    return one.codes * one.scales[:, :, None].astype(np.float64) + offset
+
+
+def check(one: Made, got: np.ndarray) -> None:
+    expected, size = one.expected(values(one))
+    error = np.abs(got.reshape(expected.shape) - expected) / np.maximum(size, 1e-30)
+    assert error.max() <= BOUND, (str(one.case), error.max())
+
+
+# what a mat-vec launch takes: up to eight columns
+OPS = [case for case in all_cases() if case.n_columns is not None and case.n_columns <= 8]
+ROWS = [case for case in all_cases() if case.n_columns is None]
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_products(kernels, rng, case):
+    one = make(case, rng)
+    got = kernels.mat_vec(weights(one), one.columns, one.ids)
+    check(one, got)
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("offset", ["none", "row"])
+@pytest.mark.parametrize("n_columns", range(1, 9))
+def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
+    one = make(Case(kind, 40, 96, n_columns, offset=offset), rng)
+    check(one, kernels.mat_vec(weights(one), one.columns))
+
+
+@pytest.mark.parametrize("options", [{"n_warps": 1}, {"n_warps": 3}, {"backwards": True}, {"shared_size": SMALLEST_SHARED}], ids=str)
+@pytest.mark.parametrize("kind", EntropyType)
+def test_any_block(kernels, rng, kind, options):
+    """Fewer warps than slices, the smallest shared memory of any device, and threads in the other order."""
+    one = make(Case(kind, 33, 1120, 2, offset="row", tile_cols=128), rng)
+    check(one, kernels.mat_vec(weights(one), one.columns, **options))
+    plain = "F16" if kind is EntropyType.EQ8 else "Q4_1"
+    assert kernels.decode(weights(one), plain, **options).tobytes() == stock(one)[1]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_single_rows(kernels, rng, case):
+    one = make(case, rng)
+    got = kernels.get_rows(weights(one), one.ids)
+    offset = np.float32(0) if one.offsets is None else one.offsets[:, :, None].astype(np.float32)
+    exact = one.codes.astype(np.float32) * one.scales[:, :, None].astype(np.float32) + offset
+    expected = np.stack([exact[i][one.ids[i]] for i in range(case.n_slabs)])
+    np.testing.assert_array_equal(got, expected)
+
+
+def stock(one: Made) -> tuple[str, bytes]:
+    """What the reference decoder, or for large tensors the codec, makes of the payload."""
+    n_slabs, n_rows, n_cols = one.codes.shape
+    if one.codes.size > 40_000:
+        name, data = codec.decode_plain(one.case.kind, one.payload, one.codes.shape)
+        return name, data.tobytes()
+    slabs = decoder.parse_tensor(one.payload.tobytes(), 1 if one.case.kind is EntropyType.EQ8 else 2, (n_cols, n_rows, n_slabs, 1))
+    decoded = [decoder.decode_plain(slab) for slab in slabs]
+    return decoded[0][0], b"".join(data for _, data in decoded)
+
+
+@pytest.mark.parametrize("case", [case for case in all_cases() if not case.n_used], ids=str)
+def test_rows_of_the_stock_type_are_bit_exact(kernels, rng, case):
+    one = make(case, rng)
+    name, expected = stock(one)
+    assert kernels.decode(weights(one), name).tobytes() == expected
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("offset", ["none", "row"])
+def test_rows_for_batches(kernels, rng, kind, offset):
+    """F16 of either kind, and codes as Q8_0 or Q4_0 whose offsets are left out; a part of the row groups."""
+    one = make(Case(kind, 100, 192, 1, offset=offset, n_slabs=2), rng)
+    halves = kernels.decode(weights(one), "F16", 1, 2).view(np.float16)
+    offsets = np.float32(0) if one.offsets is None else one.offsets[:, :, None].astype(np.float32)
+    expected = (one.codes * one.scales[:, :, None].astype(np.float32) + offsets).astype(np.float16)
+    np.testing.assert_array_equal(halves, expected[:, 32:96])
+
+    without = Made(one.case, codec.encode(kind, one.codes, one.scales).payload, one.codes, one.scales, None, None, None)
+    plain = "Q8_0" if kind is EntropyType.EQ8 else "Q4_0"
+    assert kernels.decode(weights(one), plain).tobytes() == stock(without)[1]
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+def test_lanes_that_drift_apart(kernels, rng, kind):
+    """Rows of one bit a symbol beside rows of escapes: more word rows between lanes than the ring has, so words come from global memory."""
+    low, high = kind.code_range
+    codes = np.full((1, 40, 1024), 1, np.int8)
+    codes[:, 1::2] = rng.integers(low, high + 1, codes[:, 1::2].shape)
+    codes[:, 4::8, 512:] = rng.integers(low, high + 1, codes[:, 4::8, 512:].shape)  # and lanes that come back together
+    scales = rng.uniform(0.001, 0.02, (1, 40)).astype(np.float16)
+    columns = make_columns((1, 2, 1024), rng)
+    case = Case(kind, 40, 1024, 2)
+    one = Made(case, codec.encode(kind, codes, scales, None, tile_cols=1024).payload, codes, scales, None, columns, None)
+    check(one, kernels.mat_vec(weights(one), columns))
+    name, expected = stock(one)
+    assert kernels.decode(weights(one), name).tobytes() == expected
+    ids = np.array([[0, 1, 4, 39]], np.int32)
+    np.testing.assert_array_equal(kernels.get_rows(weights(one), ids)[0], (codes[0] * scales[0][:, None].astype(np.float32))[ids[0]])
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+def test_activations_that_are_not_exact(kernels, rng, kind):
+    """int8 once without offsets, twice with them (docs/decisions.md): the errors of 8 and of some 16 bits."""
+    x = rng.normal(0, 1, (1, 3, 1024)).astype(np.float32)
+    x[0, 1] = 0
+    for offset, bound in (("none", 3e-3), ("row", 2e-5)):
+        one = make(Case(kind, 64, 1024, 3, offset=offset), rng)
+        one.columns = x
+        got = kernels.mat_vec(weights(one), x)
+        expected, size = one.expected(values(one))
+        assert (np.abs(got - expected) / np.maximum(size, 1e-30)).max() < bound
+        assert (got[0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+def test_damaged_streams_stay_in_bounds(kernels, rng, kind):
+    """Any bits in the bitstream: every access is checked, and rows of other tiles are untouched."""
+    one = make(Case(kind, 70, 576, 2, offset="row", codes="escapes", tile_cols=256), rng)
+    header = codec.read_header(kind, one.payload, one.codes.shape[1:])
+    assert header.slab_size == one.payload.size
+    slab = decoder.parse_tensor(one.payload.tobytes(), 1 if kind is EntropyType.EQ8 else 2, (576, 70, 1, 1))[0]
+    begin = int.from_bytes(one.payload[96:104].tobytes(), "little")
+    n_words = int.from_bytes(one.payload[104:112].tobytes(), "little")
+    assert slab is not None and begin + 4 * n_words < one.payload.size
+    ids = np.array([[0, 31, 69]], np.int32)
+    plain = "F16" if kind is EntropyType.EQ8 else "Q4_1"
+    for fill in ("zeros", "ones", "random", "one bit"):
+        payload = one.payload.copy()
+        stream = payload[begin : begin + 4 * n_words]
+        if fill == "one bit":
+            stream[rng.integers(stream.size, size=20)] ^= 1
+        else:
+            stream[:] = {"zeros": 0, "ones": 255, "random": rng.integers(0, 256, stream.size)}[fill]
+        damaged = Weights(kind, payload, 70, 576)
+        for backwards in (False, True):
+            kernels.mat_vec(damaged, one.columns, backwards=backwards)
+            kernels.decode(damaged, plain, backwards=backwards)
+            kernels.get_rows(damaged, ids, backwards=backwards)
+
+
+def test_ids_out_of_range(kernels, rng):
+    """An expert or row that does not exist gives nothing, and no access out of bounds."""
+    one = make(Case(EntropyType.EQ8, 33, 64, 2, n_slabs=3, n_used=2), rng)
+    ids = np.array([[0, 3], [-1, 2]], np.int32)
+    got = kernels.mat_vec(weights(one), one.columns, ids)
+    assert np.isnan(got[0, 1]).all() and np.isnan(got[1, 0]).all() and np.isfinite(got[0, 0]).all() and np.isfinite(got[1, 1]).all()
+    rows = kernels.get_rows(Weights(EntropyType.EQ8, one.payload[: one.payload.size // 3], 33, 64), np.array([[33, -1, 5]], np.int32))
+    assert (rows[0, :2] == 0).all() and (rows[0, 2] != 0).any()
+
+
+def test_the_emulator_sees_mistakes(kernels, rng):
+    """A lane length beyond the slab, which validation would have refused, is an access out of bounds."""
+    one = make(Case(EntropyType.EQ8, 32, 64, 1), rng)
+    payload = one.payload.copy()
+    lane_words = int.from_bytes(payload[88:96].tobytes(), "little")
+    payload[lane_words : lane_words + 32] = 255
+    with pytest.raises(KernelError, match="global access out of bounds"):
+        kernels.mat_vec(Weights(EntropyType.EQ8, payload, 32, 64), one.columns)
