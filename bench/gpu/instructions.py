@@ -2,9 +2,11 @@
 """Instructions per weight of the compiled mat-vec kernels, from the disassembly of an object file.
 
 The hot path of a kernel is the loop over units (32 columns). It is found as the shortest backward branch around the products of one
-unit (8 for one column) that also fills the ring: the other loops around products read words from global memory. Two loops in
-it copy words to the ring; they count as often as a unit runs them, which follows from the bits per weight: one round of the first for
-four full word rows, one of the second for a ragged word row, taken as a tenth of all (lanes of 85 words that differ by some 5 %).
+unit (8 for one column) that also fills the ring: the other loops around products read words from global memory. It has two parts.
+Up to the last wait for copies it keeps the ring filled, once for 32 symbols: that is every unit of EQ8 and every other unit of EQ4. There,
+two small loops copy words; they count as often as a unit runs them, which follows from the bits per weight: one round of the first
+for four full word rows, one of the second for a ragged word row, taken as a tenth of all (lanes of 85 words that differ by some 5 %).
+Around them the shortest way is counted. The rest decodes and multiplies.
 
     python bench/gpu/instructions.py OBJECT [--json]
 
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 COLUMNS = 32  # of a unit
 BITS = {"EQ8": 5.3, "EQ4": 3.0}  # per weight
 RAGGED = 0.1  # of the word rows
+SYMBOLS_PER_FILL = 32
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,19 @@ class Loop:
     """The unit loop of one kernel instance."""
 
     kernel: str  # e.g. EQ8 x 1
-    n_instructions: float  # of a unit
+    n_decode: int  # instructions that decode and multiply one unit
+    n_fill: float  # and that keep the ring filled for it
     by_name: dict[str, int]  # each instruction of the loop once
 
     @property
+    def decode_per_weight(self) -> float:
+        """Instructions of a lane per weight, without those that fill the ring."""
+        return self.n_decode / COLUMNS
+
+    @property
     def per_weight(self) -> float:
-        """Instructions of a lane per weight."""
-        return self.n_instructions / COLUMNS
+        """All instructions of a lane per weight."""
+        return (self.n_decode + self.n_fill) / COLUMNS
 
 
 def disassemble(path: Path, cuobjdump: str = "cuobjdump") -> dict[str, list[tuple[int, str]]]:
@@ -56,14 +65,14 @@ def disassemble(path: Path, cuobjdump: str = "cuobjdump") -> dict[str, list[tupl
     return functions
 
 
-def loops(code: list[tuple[int, str]]) -> list[list[str]]:
+def loops(code: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
     """Bodies of all backward branches."""
     at = {address: i for i, (address, _) in enumerate(code)}
     found = []
     for i, (address, text) in enumerate(code):
         match = re.search(r"\bBRA(?:\.\S+)?\s+.*?(0x[0-9a-f]+)", text)
         if match and (target := int(match[1], 16)) <= address and target in at:
-            found.append([instruction for _, instruction in code[at[target] : i + 1]])
+            found.append(code[at[target] : i + 1])
     return found
 
 
@@ -72,29 +81,45 @@ def name_of(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
 
 
-def unit_loop(code: list[tuple[int, str]], n_products: int) -> list[str]:
+def unit_loop(code: list[tuple[int, str]], n_products: int) -> list[tuple[int, str]]:
     """The loop over units, or an empty list."""
     fitting = []
     for body in loops(code):
-        names = Counter(map(name_of, body))
+        names = Counter(name_of(instruction) for _, instruction in body)
         # the asynchronous copies of the ring stand in the fast loop alone
         if names["IDP"] == n_products and names["LDGSTS"] > 0:
             fitting.append(body)
     return min(fitting, key=len, default=[])
 
 
-def rounds(body: list[str], code: list[tuple[int, str]], bits: float) -> float:
-    """Instructions that one unit runs: the loop, with the two loops in it as often as they run."""
-    n_rows = bits * COLUMNS / 32
-    text = "\n".join(body)
-    inner = [one for one in loops(code) if len(one) < len(body) and "\n".join(one) in text]
-    total = float(len(body))
-    for one in inner:
-        names = Counter(map(name_of, one))
-        if names["LDGSTS"] == 0:
+def shortest(code: list[tuple[int, str]], end: int) -> int:
+    """Instructions on the shortest way from the first to number `end`."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    best = {0: 0}
+    for i, (_, text) in enumerate(code[:end]):  # branches backwards do not shorten anything
+        if i not in best:
             continue
-        total += len(one) * ((n_rows * RAGGED if names["VOTE"] else n_rows * (1 - RAGGED) / 4) - 1)
-    return total
+        match = re.search(r"\bBRA(?:\.\S+)?\s+.*?(0x[0-9a-f]+)", text)
+        following = [] if match and not text.startswith("@") else [i + 1]
+        if match and at.get(int(match[1], 16), -1) > i:
+            following.append(min(at[int(match[1], 16)], end))
+        for j in following:
+            best[j] = min(best.get(j, best[i] + 1), best[i] + 1)
+    return best[end]
+
+
+def split(body: list[tuple[int, str]], code: list[tuple[int, str]], kind: str) -> tuple[int, float]:
+    """Instructions that a unit runs to decode and multiply, and to fill the ring."""
+    last_wait = max(i for i, (_, instruction) in enumerate(body) if name_of(instruction) == "DEPBAR")
+    inside = {address for address, _ in body[: last_wait + 1]}
+    n_rows = BITS[kind] * COLUMNS / 32
+    units = SYMBOLS_PER_FILL * {"EQ8": 1, "EQ4": 2}[kind] / COLUMNS
+    often = 0.0
+    for one in loops(code):
+        names = Counter(name_of(instruction) for _, instruction in one)
+        if names["LDGSTS"] and all(address in inside for address, _ in one):
+            often += len(one) * (n_rows * RAGGED if names["POPC"] else n_rows * (1 - RAGGED) / 4)
+    return len(body) - last_wait - 1, shortest(body, last_wait + 1) / units + often
 
 
 def count(path: Path, cuobjdump: str = "cuobjdump") -> list[Loop]:
@@ -108,9 +133,9 @@ def count(path: Path, cuobjdump: str = "cuobjdump") -> list[Loop]:
         body = unit_loop(code, 8 * columns)
         if not body:
             raise SystemExit(f"{path}: {function}: no loop over units; the kernel or the compiler has changed")
-        names = Counter(map(name_of, body))
+        names = Counter(name_of(instruction) for _, instruction in body)
         kind = {"500": "EQ8", "501": "EQ4"}[match[1]]
-        found.append(Loop(f"{kind} x {columns}", rounds(body, code, BITS[kind]), dict(names.most_common())))
+        found.append(Loop(f"{kind} x {columns}", *split(body, code, kind), dict(names.most_common())))
     return sorted(found, key=lambda loop: loop.kernel)
 
 
@@ -123,11 +148,21 @@ def main() -> None:
     arguments = parser.parse_args()
     found = count(arguments.object, arguments.cuobjdump)
     if arguments.json:
-        print(json.dumps([{"kernel": one.kernel, "per_weight": round(one.per_weight, 2), "instructions": one.by_name} for one in found], indent=1))
+        print(json.dumps([row(one) for one in found], indent=1))
         return
     for one in found:
         top = ", ".join(f"{name} {n}" for name, n in list(one.by_name.items())[:8])
-        print(f"{one.kernel}: {one.per_weight:5.2f} instructions per weight ({one.n_instructions:.0f} a unit; in the loop: {top})")
+        print(f"{one.kernel}: {one.per_weight:5.2f} instructions per weight, {one.decode_per_weight:.2f} without filling the ring ({top})")
+
+
+def row(one: Loop) -> dict:
+    """For JSON."""
+    return {
+        "kernel": one.kernel,
+        "per_weight": round(one.per_weight, 2),
+        "decode_per_weight": round(one.decode_per_weight, 2),
+        "instructions": one.by_name,
+    }
 
 
 if __name__ == "__main__":

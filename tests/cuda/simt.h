@@ -334,7 +334,10 @@ ENTROPY_DEVICE void global_store(T * to, T value) {
 ENTROPY_DEVICE uint32_t async_base() { return 0; }
 
 template <int N>
-ENTROPY_DEVICE void async_copy(uint32_t to, const void * from) {
+ENTROPY_DEVICE void async_copy(uint32_t to, const void * from, bool wanted = true) {
+    if (!wanted) {
+        return;
+    }
     simt::check_global(from, N, N);
     simt::now->current->open.push_back({ simt::check_shared(to, N, N), from, N });
 }

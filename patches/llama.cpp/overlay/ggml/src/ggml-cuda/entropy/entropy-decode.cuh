@@ -81,9 +81,8 @@ struct entropy_ring {
             const uint32_t row = asked % size;
             const uint32_t to  = multiply_add(row, ENTROPY_ROW_SIZE/32, to_full);
             async_copy<16>(to, full);
-            if (row == 0 && below < 0xFFFF) { // rows 0 and 1 of four are copied by 16 lanes
-                async_copy<16>(to + ENTROPY_RING_ROWS*ENTROPY_ROW_SIZE, full);
-            }
+            // of four rows, 16 lanes copy rows 0 and 1
+            async_copy<16>(to + ENTROPY_RING_ROWS*ENTROPY_ROW_SIZE, full, row == 0 && below < 0xFFFF);
             full += 4*ENTROPY_LANES;
         }
         if (asked < full_end) {
@@ -95,13 +94,9 @@ struct entropy_ring {
             const uint32_t mask = warp_ballot(mine);
             const uint32_t row  = asked % size;
             const uint32_t to   = multiply_add(row, ENTROPY_ROW_SIZE/32, to_tail);
-            if (mine) {
-                const uint32_t * from = tail + count_bits(mask & below);
-                async_copy<4>(to, from);
-                if (row < 2*32) {
-                    async_copy<4>(to + ENTROPY_RING_ROWS*ENTROPY_ROW_SIZE, from);
-                }
-            }
+            const uint32_t * from = tail + count_bits(mask & below);
+            async_copy<4>(to, from, mine);
+            async_copy<4>(to + ENTROPY_RING_ROWS*ENTROPY_ROW_SIZE, from, mine && row < 2*32);
             tail += count_bits(mask);
         }
     }

@@ -114,16 +114,22 @@ ENTROPY_DEVICE uint32_t async_base() {
     return (uint32_t) __cvta_generic_to_shared(entropy_shared);
 }
 
-// Copy N bytes (4 or 16) to shared memory, to async_base() + offset. They have landed after async_wait and a warp_sync.
+// Copy N bytes (4 or 16) to shared memory, to async_base() + offset, if wanted. They have landed after async_wait and a warp_sync.
 template <int N>
-ENTROPY_DEVICE void async_copy(uint32_t to, const void * from) {
+ENTROPY_DEVICE void async_copy(uint32_t to, const void * from, bool wanted = true) {
 #if defined(ENTROPY_HAS_ASYNC_COPY)
+    // a predicate instead of a branch
     if constexpr (N == 16) {
-        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16; }"
+            :: "r"(to), "l"(from), "r"((uint32_t) wanted) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(from) : "memory");
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], 4; }"
+            :: "r"(to), "l"(from), "r"((uint32_t) wanted) : "memory");
     }
 #else
+    if (!wanted) {
+        return;
+    }
     if constexpr (N == 16) {
         shared_store<uint4>(to - async_base(), global_load((const uint4 *) from));
     } else {
