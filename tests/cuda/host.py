@@ -64,9 +64,25 @@ class HostKernels:
 
     def __init__(self, llama_cpp: Path, folder: Path, *flags: str) -> None:
         library = folder / "libhostkernels.so"
-        includes = [Path(__file__).parent, llama_cpp / "ggml" / "include", llama_cpp / "ggml" / "src", llama_cpp / "ggml" / "src" / "ggml-cuda"]
+        includes = [
+            Path(__file__).parent,
+            llama_cpp / "ggml" / "include",
+            llama_cpp / "ggml" / "src",
+            llama_cpp / "ggml" / "src" / "ggml-cuda",
+        ]
         base = runtime.library("ggml-base")
-        command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", "-shared", "-fPIC"]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-function",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+        ]
         command += [*flags, *(f"-I{path}" for path in includes), str(Path(__file__).parent / "host_kernels.cpp"), "-o", str(library)]
         subprocess.run([*command, str(base), f"-Wl,-rpath,{base.parent}"], check=True)
         self._library = ctypes.CDLL(str(library))
@@ -83,8 +99,12 @@ class HostKernels:
             weights.payload.size // weights.n_slabs,
         )
         chosen = _Options(options.get("n_warps", 16), options.get("backwards", False), options.get("shared_size", LARGEST_SHARED))
-        passed = [a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else None if a is None else ctypes.c_int64(a) for a in arguments]
-        error = getattr(self._library, name)(ctypes.byref(shape), ctypes.byref(chosen), weights.payload.ctypes.data_as(ctypes.c_void_p), *passed)
+        passed = [
+            a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else None if a is None else ctypes.c_int64(a) for a in arguments
+        ]
+        error = getattr(self._library, name)(
+            ctypes.byref(shape), ctypes.byref(chosen), weights.payload.ctypes.data_as(ctypes.c_void_p), *passed
+        )
         if error:
             raise KernelError(error.decode())
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Packs what has to travel to a machine with a GPU: patched sources without what is not built there, programs, tiny models, a text.
+
+    python bench/gpu/pack.py build/gpu/entrollm-gpu.tar.xz
+
+Nothing of this machine's builds goes along. The pack stays under 64 MiB (it is about 10), and is the same for the same sources.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from models import build_tiny_model  # noqa: E402
+
+from entrollm_gguf.convert.pipeline import convert_model  # noqa: E402
+from entrollm_gguf.eval.demo_model import build_tokenizer, english_text, fetch_gguf  # noqa: E402
+from entrollm_gguf.runtime import tree  # noqa: E402
+from entrollm_gguf.runtime.fetch import fetch_sdist  # noqa: E402
+from entrollm_gguf.runtime.paths import cache_folder, patches_folder  # noqa: E402
+from entrollm_gguf.runtime.pin import read_pin  # noqa: E402
+
+LIMIT = 64 << 20  # bytes
+_PROGRAMS = ("harness.cu", "payload.h", "kernel-table.cpp", "synth-model.cpp", "peers.py")
+# backends and tools that a CUDA build of a few programs does not need
+_LEFT_OUT = tuple(
+    f"ggml/src/ggml-{name}/"
+    for name in (
+        "vulkan",
+        "metal",
+        "sycl",
+        "opencl",
+        "cann",
+        "webgpu",
+        "hexagon",
+        "openvino",
+        "virtgpu",
+        "zdnn",
+        "zendnn",
+        "et",
+        "kleidiai",
+    )
+) + ("gguf-py/", "conversion/", "requirements/", "grammars/", "tools/ui/", ".github/")
+# a kind of each op: plain, without offsets, experts, tied embeddings
+_MODELS = (
+    ("llama", "EQ8-rows"),
+    ("llama", "EQ8-paper"),
+    ("llama", "EQ4-rows"),
+    ("llama", "EQ4-mixed"),
+    ("qwen2_moe", "EQ8-rows"),
+    ("qwen2_moe", "EQ4-mixed"),
+)
+
+
+def build(target: Path) -> int:
+    """Write the pack; returns its size in bytes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        scratch = Path(folder)
+        pin = read_pin()
+        tree.assemble(tree.unpacked_source(fetch_sdist(pin), pin), patches_folder(), scratch / "tree")
+        models = scratch / "models"
+        models.mkdir()
+        _make_models(models, scratch)
+        (scratch / "text.txt").write_text(english_text()[:40_000], encoding="utf-8")
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        (scratch / "pack.json").write_text(json.dumps({"commit": commit, "llama_cpp": pin.llama_cpp_commit}))
+
+        part = target.with_name(target.name + ".part")
+        with tarfile.open(part, "w:xz") as archive:
+            llama_cpp = scratch / "tree" / tree.LLAMA_CPP
+            for path in sorted(llama_cpp.rglob("*")):
+                name = path.relative_to(llama_cpp).as_posix()
+                if path.is_file() and not name.startswith(_LEFT_OUT):
+                    _add(archive, path, f"llama.cpp/{name}")
+            for name in _PROGRAMS:
+                _add(archive, ROOT / "bench" / "gpu" / name, f"gpu/{name}")
+            for path in sorted(models.glob("*.gguf")):
+                _add(archive, path, f"models/{path.name}")
+            _add(archive, scratch / "text.txt", "text.txt")
+            _add(archive, scratch / "pack.json", "pack.json")
+        size = part.stat().st_size
+        if size >= LIMIT:
+            part.unlink()
+            raise SystemExit(f"{target}: would have {size >> 20} MiB, more than {LIMIT >> 20}; leave out more of the tree")
+        part.replace(target)
+    return size
+
+
+def _make_models(folder: Path, scratch: Path) -> None:
+    tokenizer = scratch / "tokenizer"
+    build_tokenizer(fetch_gguf(cache_folder() / "models")).save_pretrained(tokenizer)
+    made = {}
+    for name, recipe in _MODELS:
+        if name not in made:
+            (scratch / name).mkdir()
+            made[name] = build_tiny_model(name, scratch / name, tokenizer).folder
+        convert_model(made[name], folder / f"{name}-{recipe}.gguf", recipe=recipe)
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    info = archive.gettarinfo(path, name)
+    info.uid = info.gid = info.mtime = 0
+    info.uname = info.gname = ""
+    with open(path, "rb") as file:
+        archive.addfile(info, file)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: pack.py FILE.tar.xz")
+    print(f"{sys.argv[1]}: {build(Path(sys.argv[1])) / 2**20:.1f} MiB")
