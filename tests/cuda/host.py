@@ -34,7 +34,13 @@ class _Shape(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = (("n_warps", ctypes.c_int32), ("backwards", ctypes.c_int32), ("shared_size", ctypes.c_int64))
+    _fields_ = (
+        ("n_warps", ctypes.c_int32),
+        ("backwards", ctypes.c_int32),
+        ("early", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("shared_size", ctypes.c_int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class HostKernels:
             weights.n_slabs,
             weights.payload.size // weights.n_slabs,
         )
-        chosen = _Options(options.get("n_warps", 16), options.get("backwards", False), options.get("shared_size", LARGEST_SHARED))
+        chosen = _Options(options.get("n_warps", 16), options.get("backwards", False), options.get("early", False), 0, options.get("shared_size", LARGEST_SHARED))
         passed = [
             a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else None if a is None else ctypes.c_int64(a) for a in arguments
         ]

@@ -12,6 +12,8 @@ static std::string message;
 struct run_options {
     int32_t n_warps;     // of a block at most
     int32_t backwards;   // the last thread first
+    int32_t early;       // copies land at once
+    int32_t reserved;
     int64_t shared_size; // of a block
 };
 
@@ -20,6 +22,7 @@ static entropy_tuning tuning_of(const run_options & options) {
     tuning.mat_vec_warps = std::min(tuning.mat_vec_warps, (int) options.n_warps);
     tuning.rows_warps    = std::min(tuning.rows_warps,    (int) options.n_warps);
     simt::backwards = options.backwards != 0;
+    simt::early     = options.early != 0;
     return tuning;
 }
 

@@ -5,7 +5,8 @@
 // - an access outside of the shared memory of the block or of the global memory the test has named,
 // - a misaligned access,
 // - threads of a warp that meet in different operations, or at different numbers of them (a deadlock on a GPU).
-// Asynchronous copies land as late as they may: at the wait that lets their group land, not before. So a missing wait shows.
+// Asynchronous copies land as late as they may, at the wait that lets their group land, so that a missing wait shows; or, if `early`, at once, so
+// that a copy over something that is still needed shows.
 // Not modelled: races between threads without a meeting between them, except as far as the order of fibers shows them; run with both orders.
 
 #pragma once
@@ -90,6 +91,7 @@ struct block {
 inline block * now = nullptr;
 inline dim3 block_idx, block_dim, grid_dim;
 inline bool backwards = false;
+inline bool early     = false;
 inline std::map<uintptr_t, size_t> memory; // global memory that kernels may touch
 
 [[noreturn]] inline void fail(const std::string & what) {
@@ -339,6 +341,10 @@ ENTROPY_DEVICE void async_copy(uint32_t to, const void * from, bool wanted = tru
         return;
     }
     simt::check_global(from, N, N);
+    if (simt::early) {
+        std::memcpy(simt::check_shared(to, N, N), from, N);
+        return;
+    }
     simt::now->current->open.push_back({ simt::check_shared(to, N, N), from, N });
 }
 

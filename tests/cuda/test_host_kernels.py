@@ -67,10 +67,10 @@ def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
     check(one, kernels.mat_vec(weights(one), one.columns))
 
 
-@pytest.mark.parametrize("options", [{"n_warps": 1}, {"n_warps": 3}, {"backwards": True}, {"shared_size": SMALLEST_SHARED}], ids=str)
+@pytest.mark.parametrize("options", [{"n_warps": 1}, {"n_warps": 3}, {"backwards": True}, {"early": True}, {"shared_size": SMALLEST_SHARED}], ids=str)
 @pytest.mark.parametrize("kind", EntropyType)
 def test_any_block(kernels, rng, kind, options):
-    """Fewer warps than slices, the smallest shared memory of any device, and threads in the other order."""
+    """Fewer warps than slices, the smallest shared memory of any device, threads in the other order, copies that land early."""
     one = make(Case(kind, 33, 1120, 2, offset="row", tile_cols=128), rng)
     check(one, kernels.mat_vec(weights(one), one.columns, **options))
     plain = "F16" if kind is EntropyType.EQ8 else "Q4_1"
@@ -121,21 +121,46 @@ def test_rows_for_batches(kernels, rng, kind, offset):
 
 
 @pytest.mark.parametrize("kind", EntropyType)
-def test_lanes_that_drift_apart(kernels, rng, kind):
-    """Rows of one bit a symbol beside rows of escapes: more word rows between lanes than the ring has, so words come from global memory."""
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.2, 0.4])
+def test_lanes_that_drift_apart(kernels, rng, kind, share, early):
+    """Rows of one bit a symbol beside rows of escapes: more word rows between lanes than the ring has, so words come from global memory.
+
+    With a share of such codes the lanes drift slowly, and the ring is as full as it can be for many units before that.
+    """
     low, high = kind.code_range
     codes = np.full((1, 40, 1024), 1, np.int8)
-    codes[:, 1::2] = rng.integers(low, high + 1, codes[:, 1::2].shape)
+    codes[:, 1::2] = np.where(rng.random((1, 20, 1024)) < share, rng.integers(low, high + 1, (1, 20, 1024)), 1)
     codes[:, 4::8, 512:] = rng.integers(low, high + 1, codes[:, 4::8, 512:].shape)  # and lanes that come back together
     scales = rng.uniform(0.001, 0.02, (1, 40)).astype(np.float16)
     columns = make_columns((1, 2, 1024), rng)
     case = Case(kind, 40, 1024, 2)
     one = Made(case, codec.encode(kind, codes, scales, None, tile_cols=1024).payload, codes, scales, None, columns, None)
-    check(one, kernels.mat_vec(weights(one), columns))
+    check(one, kernels.mat_vec(weights(one), columns, early=early))
     name, expected = stock(one)
-    assert kernels.decode(weights(one), name).tobytes() == expected
+    assert kernels.decode(weights(one), name, early=early).tobytes() == expected
     ids = np.array([[0, 1, 4, 39]], np.int32)
     np.testing.assert_array_equal(kernels.get_rows(weights(one), ids)[0], (codes[0] * scales[0][:, None].astype(np.float32))[ids[0]])
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("n_far", [48, 120])
+def test_bursts_of_long_codes(kernels, rng, kind, n_far, early):
+    """Columns in which all rows have the longest codes, among columns of short ones: a dozen words of every lane at a time."""
+    low, high = kind.code_range
+    # halves, quarters, ... of seven symbols take the short prefixes
+    common = np.minimum(rng.geometric(0.5, (1, 32, 16384)), 7) - 4
+    codes = (common if kind is EntropyType.EQ8 else np.repeat(common[..., ::2], 2, axis=-1)).astype(np.int8)
+    codes[:, :, 2000 : 2000 + n_far] = rng.integers(low, high + 1, (1, 32, n_far))
+    scales = np.full((1, 1), 0.01, np.float16)
+    encoded = codec.encode(kind, codes, scales, None, tile_cols=1024)
+    assert codec.table(kind, encoded.payload, codes.shape[1:])[..., 0].max() >= 14
+    columns = make_columns((1, 1, 16384), rng)
+    one = Made(Case(kind, 32, 16384, 1), encoded.payload, codes, scales, None, columns, None)
+    check(one, kernels.mat_vec(weights(one), columns, early=early))
+    name, expected = stock(one)
+    assert kernels.decode(weights(one), name, early=early).tobytes() == expected
 
 
 @pytest.mark.parametrize("kind", EntropyType)
