@@ -103,16 +103,16 @@ struct vectors {
 template <ggml_type TYPE>
 static void run_mat_vec(const matrix & m, const uint8_t * payload, const vectors & v) {
     const entropy_columns columns = entropy_columns::at(v.memory.data, v.n_columns, m.n_cols);
-    entropy_launch_quantize<TYPE>(gpu_launcher(), { payload, { v.x.data, v.n_columns, 1, m.n_cols, 0, 0 }, columns });
+    entropy_launch_quantize<TYPE>(gpu_launcher(), { { payload, payload }, { v.x.data, v.n_columns, 1, m.n_cols, 0, 0 }, columns });
     entropy_mat_vec_args args = {};
-    args.payload = payload;
-    args.columns = columns;
-    args.y       = v.y.data;
-    args.y1      = m.n_rows;
+    args.payload[0] = payload;
+    args.y[0]       = v.y.data;
+    args.y1[0]      = m.n_rows;
+    args.columns    = columns;
     args.n1      = v.n_columns;
     args.n2      = 1;
     args.planes_per_slab = 1;
-    entropy_launch_mat_vec<TYPE>(gpu_launcher(), args, (int) v.n_columns, m.n_rows, 1, 1, tuning);
+    entropy_launch_mat_vec<TYPE>(gpu_launcher(), args, (int) v.n_columns, { m.n_rows, 0 }, 1, 1, tuning);
 }
 
 static void mat_vec(const matrix & m, const uint8_t * payload, const vectors & v) {

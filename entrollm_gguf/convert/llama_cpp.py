@@ -131,6 +131,8 @@ class SourceModel:
         writer = self._model.gguf_writer
         with one_line_errors(str(self.folder)):
             self._model.prepare_metadata(vocab_only=False)
+        for values in writer.kv_data:  # one dictionary per output file
+            values.pop("general.file_type", None)  # the converter class wrote its own; the writer warns of a second one
         writer.add_file_type(file_type)
         for key, value in metadata.items():
             if isinstance(value, list):

@@ -92,7 +92,7 @@ class HostKernels:
         command += [*flags, *(f"-I{path}" for path in includes), str(Path(__file__).parent / "host_kernels.cpp"), "-o", str(library)]
         subprocess.run([*command, str(base), f"-Wl,-rpath,{base.parent}"], check=True)
         self._library = ctypes.CDLL(str(library))
-        for name in ("host_decode", "host_get_rows", "host_mat_vec"):
+        for name in ("host_decode", "host_get_rows", "host_mat_vec", "host_add_offsets", "host_count_routes"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def _call(self, name: str, weights: Weights, plain: int, options: dict, *arguments) -> None:
@@ -104,7 +104,13 @@ class HostKernels:
             weights.n_slabs,
             weights.payload.size // weights.n_slabs,
         )
-        chosen = _Options(options.get("n_warps", 16), options.get("backwards", False), options.get("early", False), 0, options.get("shared_size", LARGEST_SHARED))
+        chosen = _Options(
+            options.get("n_warps", 16),
+            options.get("backwards", False),
+            options.get("early", False),
+            0,
+            options.get("shared_size", LARGEST_SHARED),
+        )
         passed = [
             a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else None if a is None else ctypes.c_int64(a) for a in arguments
         ]
@@ -132,7 +138,27 @@ class HostKernels:
 
     def mat_vec(self, weights: Weights, x: np.ndarray, ids: np.ndarray | None = None, **options) -> np.ndarray:
         """x f32 (planes, columns, n_cols) -> (planes, columns, n_rows); with ids i32 (tokens, slots): (tokens, slots, n_rows)."""
+        return self.mat_vec_pair(weights, None, x, ids, **options)[0]
+
+    def mat_vec_pair(
+        self, weights: Weights, second: Weights | None, x: np.ndarray, ids: np.ndarray | None = None, **options
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The products of two matrices in one launch."""
         n_slots = 0 if ids is None else ids.shape[1]
-        out = np.full((x.shape[0], n_slots or x.shape[1], weights.n_rows), np.nan, np.float32)
-        self._call("host_mat_vec", weights, 0, options, x, x.shape[1], x.shape[0], ids, n_slots, out)
+        other = second or weights
+        out, out2 = (np.full((x.shape[0], n_slots or x.shape[1], one.n_rows), np.nan, np.float32) for one in (weights, other))
+        stride = other.payload.size // other.n_slabs
+        arguments = (x, x.shape[1], x.shape[0], ids, n_slots, out, None if second is None else second.payload, other.n_rows, stride, out2)
+        self._call("host_mat_vec", weights, 0, options, *arguments)
+        return out, out2
+
+    def add_offsets(self, weights: Weights, x: np.ndarray, y: np.ndarray, ids: np.ndarray | None = None, **options) -> None:
+        """Shapes as for mat_vec; y is changed."""
+        self._call("host_add_offsets", weights, 0, options, x, x.shape[1], x.shape[0], ids, 0 if ids is None else ids.shape[1], y)
+
+    def count_routes(self, n_experts: int, ids: np.ndarray, **options) -> np.ndarray:
+        """i32 (n_experts,), not zero where ids (tokens, slots) name the expert."""
+        out = np.full(n_experts, -1, np.int32)
+        weights = Weights(EntropyType.EQ8, np.zeros(n_experts, np.uint8), 0, 0, n_experts)
+        self._call("host_count_routes", weights, 0, options, ids, ids.shape[1], ids.shape[0], out)
         return out

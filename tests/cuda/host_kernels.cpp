@@ -82,56 +82,114 @@ extern "C" const char * host_get_rows(const shape * s, const run_options * o, co
 }
 
 // x: [n2][n1][n_cols]; y: [n2][n1][n_rows]. With ids [n_tokens][n_slots]: x [n_tokens][n1][n_cols], y [n_tokens][n_slots][n_rows].
+// A second matrix, of n_rows2 rows, meets the same columns if payload2 is given.
+struct mat_vec_call {
+    const float   * x;
+    int64_t         n1, n2;
+    const int32_t * ids;
+    int64_t         n_slots;
+    float         * y;
+    const uint8_t * payload2;
+    int64_t         n_rows2, slab_stride2;
+    float         * y2;
+};
+
 template <ggml_type TYPE>
-static void mat_vec(
-        const shape & s, const run_options & o, const uint8_t * payload, const float * x, int64_t n1, int64_t n2,
-        const int32_t * ids, int64_t n_slots, float * y) {
+static void mat_vec(const shape & s, const run_options & o, const uint8_t * payload, const mat_vec_call & c) {
     const entropy_tuning tuning = tuning_of(o);
-    const int64_t n_columns = n1*n2;
+    const int64_t n_columns = c.n1*c.n2;
     std::vector<int4> memory(entropy_columns::size(n_columns, s.n_cols)/sizeof(int4) + 1);
     const entropy_columns columns = entropy_columns::at(memory.data(), n_columns, s.n_cols);
-    const int64_t n_results = (ids != nullptr ? n_slots*n2 : n_columns)*s.n_rows;
+    const int64_t n_y1 = c.ids != nullptr ? c.n_slots : c.n1;
     allow(payload, s.slab_stride*s.n_slabs);
-    allow(x, n_columns*s.n_cols*4);
-    allow(y, n_results*4);
+    allow(c.x, n_columns*s.n_cols*4);
     allow(memory.data(), memory.size()*sizeof(int4));
-    if (ids != nullptr) {
-        allow(ids, n_slots*n2*4);
+    if (c.ids != nullptr) {
+        allow(c.ids, c.n_slots*c.n2*4);
     }
-    entropy_launch_quantize<TYPE>(launcher, { payload, { x, n1, n2, s.n_cols, s.n_cols*n1, 0 }, columns });
-
+    const bool two = c.payload2 != nullptr;
+    const int64_t n_rows[2] = { s.n_rows, two ? c.n_rows2 : 0 };
     entropy_mat_vec_args args = {};
-    args.payload     = payload;
-    args.slab_stride = s.slab_stride;
-    args.columns     = columns;
-    args.y           = y;
-    args.n1          = n1;
+    for (int i = 0; i < 2; i++) {
+        const bool other = i == 1 && two;
+        args.payload[i]     = other ? c.payload2 : payload;
+        args.slab_stride[i] = other ? c.slab_stride2 : s.slab_stride;
+        args.y[i]           = other ? c.y2 : c.y;
+        args.y1[i]          = n_rows[other];
+        args.y2[i]          = c.ids != nullptr ? n_rows[other] : n_rows[other]*c.n1;
+        args.y3[i]          = c.ids != nullptr ? n_rows[other]*c.n_slots : 0;
+        allow(args.payload[i], args.slab_stride[i]*s.n_slabs);
+        allow(args.y[i], n_rows[other]*n_y1*c.n2*4);
+    }
+    entropy_launch_quantize<TYPE>(launcher, { { args.payload[0], args.payload[1] }, { c.x, c.n1, c.n2, s.n_cols, s.n_cols*c.n1, 0 }, columns });
+    args.columns         = columns;
+    args.n1              = c.n1;
     args.planes_per_slab = 1;
-    if (ids != nullptr) {
-        args.y2 = s.n_rows;
-        args.y3 = s.n_rows*n_slots;
-        args.ids = ids;
-        args.ids_s0 = 1;
-        args.ids_s1 = n_slots;
+    if (c.ids != nullptr) {
+        args.ids       = c.ids;
+        args.ids_s0    = 1;
+        args.ids_s1    = c.n_slots;
         args.n_experts = (int) s.n_slabs;
-        entropy_launch_mat_vec<TYPE>(launcher, args, 1, s.n_rows, n_slots, n2, tuning);
+        entropy_launch_mat_vec<TYPE>(launcher, args, 1, n_rows, c.n_slots, c.n2, tuning);
     } else {
-        args.y1 = s.n_rows;
-        args.y2 = s.n_rows*n1;
-        args.n2 = n2;
-        args.planes_per_slab = (int) (n2/s.n_slabs);
-        entropy_launch_mat_vec<TYPE>(launcher, args, (int) n1, s.n_rows, n2, 1, tuning);
+        args.n2              = c.n2;
+        args.planes_per_slab = (int) (c.n2/s.n_slabs);
+        entropy_launch_mat_vec<TYPE>(launcher, args, (int) c.n1, n_rows, c.n2, 1, tuning);
     }
 }
 
 extern "C" const char * host_mat_vec(
         const shape * s, const run_options * o, const uint8_t * payload, const float * x, int64_t n1, int64_t n2,
+        const int32_t * ids, int64_t n_slots, float * y, const uint8_t * payload2, int64_t n_rows2, int64_t slab_stride2, float * y2) {
+    return guarded([&]() {
+        const mat_vec_call call = { x, n1, n2, ids, n_slots, y, payload2, n_rows2, slab_stride2, y2 };
+        if (s->type == GGML_TYPE_EQ8) {
+            mat_vec<GGML_TYPE_EQ8>(*s, *o, payload, call);
+        } else {
+            mat_vec<GGML_TYPE_EQ4>(*s, *o, payload, call);
+        }
+    });
+}
+
+// y: as host_mat_vec's, to which offset * sum(x) is added.
+extern "C" const char * host_add_offsets(
+        const shape * s, const run_options * o, const uint8_t * payload, const float * x, int64_t n1, int64_t n2,
         const int32_t * ids, int64_t n_slots, float * y) {
     return guarded([&]() {
-        if (s->type == GGML_TYPE_EQ8) {
-            mat_vec<GGML_TYPE_EQ8>(*s, *o, payload, x, n1, n2, ids, n_slots, y);
-        } else {
-            mat_vec<GGML_TYPE_EQ4>(*s, *o, payload, x, n1, n2, ids, n_slots, y);
+        tuning_of(*o);
+        const int64_t n_y1 = ids != nullptr ? n_slots : n1;
+        allow(payload, s->slab_stride*s->n_slabs);
+        allow(x, n1*n2*s->n_cols*4);
+        allow(y, n_y1*n2*s->n_rows*4);
+        entropy_offsets_args args = {};
+        args.payload         = payload;
+        args.slab_stride     = s->slab_stride;
+        args.source          = { x, n1, n2, s->n_cols, s->n_cols*n1, 0 };
+        args.y               = y;
+        args.y1              = s->n_rows;
+        args.y2              = s->n_rows*n_y1;
+        args.n_cols          = (int) s->n_cols;
+        args.planes_per_slab = (int) std::max<int64_t>(1, n2/s->n_slabs);
+        dim3 grid((uint32_t) n1, (uint32_t) n2, 1);
+        if (ids != nullptr) {
+            allow(ids, n_slots*n2*4);
+            args.ids       = ids;
+            args.ids_s0    = 1;
+            args.ids_s1    = n_slots;
+            args.n_experts = (int) s->n_slabs;
+            grid = dim3(1, (uint32_t) n_slots, (uint32_t) n2);
         }
+        entropy_launch_add_offsets(launcher, args, grid);
+    });
+}
+
+// n_routes: int32 [n_slabs], not zero where an expert has a column
+extern "C" const char * host_count_routes(
+        const shape * s, const run_options * o, const uint8_t *, const int32_t * ids, int64_t n_slots, int64_t n_tokens, int32_t * n_routes) {
+    return guarded([&]() {
+        tuning_of(*o);
+        allow(ids, n_slots*n_tokens*4);
+        allow(n_routes, s->n_slabs*4);
+        simt::launch(entropy_count_routes, dim3(1), 64, 0, ids, (int64_t) 1, n_slots, (int) n_slots, (int) n_tokens, (int) s->n_slabs, n_routes);
     });
 }

@@ -67,7 +67,9 @@ def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
     check(one, kernels.mat_vec(weights(one), one.columns))
 
 
-@pytest.mark.parametrize("options", [{"n_warps": 1}, {"n_warps": 3}, {"backwards": True}, {"early": True}, {"shared_size": SMALLEST_SHARED}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"n_warps": 1}, {"n_warps": 3}, {"backwards": True}, {"early": True}, {"shared_size": SMALLEST_SHARED}], ids=str
+)
 @pytest.mark.parametrize("kind", EntropyType)
 def test_any_block(kernels, rng, kind, options):
     """Fewer warps than slices, the smallest shared memory of any device, threads in the other order, copies that land early."""
@@ -118,6 +120,26 @@ def test_rows_for_batches(kernels, rng, kind, offset):
     without = Made(one.case, codec.encode(kind, one.codes, one.scales).payload, one.codes, one.scales, None, None, None)
     plain = "Q8_0" if kind is EntropyType.EQ8 else "Q4_0"
     assert kernels.decode(weights(one), plain).tobytes() == stock(without)[1]
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("n_used", [0, 2])
+@pytest.mark.parametrize("offset", ["none", "one", "row"])
+def test_offsets_after_a_batch(kernels, rng, kind, offset, n_used):
+    """Codes alone give a product without offsets; a kernel adds what they contribute."""
+    n_planes = 3 if n_used == 0 else 0
+    case = Case(kind, 33, 96, 11, n_slabs=3, n_used=n_used, planes=max(1, n_planes), offset=offset)
+    one = make(case, rng)
+    without, _ = one.expected(one.codes * one.scales[:, :, None].astype(np.float64))
+    got = without.astype(np.float32)
+    kernels.add_offsets(weights(one), one.columns, got, one.ids)
+    check(one, got)
+
+
+def test_experts_that_are_used(kernels, rng):
+    ids = rng.choice(np.array([0, 2, 3, 70, 99], np.int32), (40, 2))
+    ids[3] = (-1, 100)  # none of ours
+    assert set(np.flatnonzero(kernels.count_routes(100, ids))) == {0, 2, 3, 70, 99}
 
 
 @pytest.mark.parametrize("kind", EntropyType)

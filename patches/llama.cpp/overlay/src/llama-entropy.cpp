@@ -274,8 +274,8 @@ bool llama_entropy::stays_coded(
         return false;
     }
     *buft = coded_buft;
-    if (fused.device.empty()) {
-        fused.device = ggml_backend_dev_name(device);
+    if (std::find(fused.devices.begin(), fused.devices.end(), device) == fused.devices.end()) {
+        fused.devices.push_back(device);
     }
     return true;
 }
@@ -491,7 +491,14 @@ void llama_entropy::log_summary() const {
     if (fused.n_tensors > 0) {
         ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
         const auto kernel = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_entropy_kernel");
-        LLAMA_LOG_INFO("%s: %d entropy-coded tensors, %.2f MiB, stay as they are; computed by %s, CPU kernel %s (mode %s)\n", "llama_entropy",
-            fused.n_tensors, fused.n_coded/1024.0/1024.0, fused.device.c_str(), kernel != nullptr ? kernel() : "none", reason().c_str());
+        std::string by;
+        for (ggml_backend_dev_t device : fused.devices) {
+            by += (by.empty() ? "" : " and ") + std::string(ggml_backend_dev_name(device));
+            if (device == cpu && kernel != nullptr) {
+                by += std::string(", CPU kernel ") + kernel();
+            }
+        }
+        LLAMA_LOG_INFO("%s: %d entropy-coded tensors, %.2f MiB, stay as they are; computed by %s (mode %s)\n", "llama_entropy",
+            fused.n_tensors, fused.n_coded/1024.0/1024.0, by.c_str(), reason().c_str());
     }
 }

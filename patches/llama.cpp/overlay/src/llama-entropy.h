@@ -24,6 +24,7 @@
 #include <functional>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 struct llama_file;
 struct llama_model_loader;
@@ -76,14 +77,14 @@ private:
         size_t n_coded   = 0; // bytes
         size_t n_plain   = 0;
         int    n_threads = 0; // most
-        int    n_on_device = 0; // tensors that their device decoded
+        int    n_on_device = 0; // that their device decoded
         double seconds   = 0;
     } decoded;
 
     struct {
         int    n_tensors = 0;
         size_t n_coded   = 0;
-        std::string device;
+        std::vector<ggml_backend_dev_t> devices; // that compute on them
     } fused;
 
     void survey(const llama_model_loader & ml);

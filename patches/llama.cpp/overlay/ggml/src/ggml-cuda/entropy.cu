@@ -7,6 +7,9 @@
 // MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts columns by expert without asking the device; a small
 // kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices beyond go in chunks of rows.
 //
+// Two switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never), and
+// GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID).
+//
 // The host knows type, ne and nb of a weight and nothing of its payload: reading a header would mean waiting. So kernels look for
 // themselves what tile_cols is and whether there are offsets.
 
@@ -30,6 +33,26 @@ static const entropy_tuning & tuning_of(int device) {
         return all;
     }();
     return tunings[device];
+}
+
+static int64_t max_columns() {
+    static const int64_t n = []() {
+        const char * env = std::getenv("GGML_ENTROPY_CUDA_COLUMNS");
+        return env != nullptr && env[0] >= '0' && env[0] <= '8' && env[1] == '\0' ? env[0] - '0' : ENTROPY_MAX_COLUMNS;
+    }();
+    return n;
+}
+
+static ggml_type blocks_of(ggml_type type) {
+    return type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
+}
+
+static bool batches_in_blocks() {
+    static const bool blocks = []() {
+        const char * env = std::getenv("GGML_ENTROPY_CUDA_ROWS");
+        return env != nullptr && std::strcmp(env, "blocks") == 0;
+    }();
+    return blocks;
 }
 
 // Launches on a stream. A kernel that wants more than 48 KB of shared memory has to be told so once per device.
@@ -63,44 +86,62 @@ static entropy_source source_of(const ggml_tensor * x) {
 
 // ---- up to 8 columns ---------------------------------------------------------------------------------------------------------------
 
+// One op, or two whose weights have the same type and which have all else but the weights in common.
 template <ggml_type TYPE>
-static entropy_columns quantize_columns(const stream_launcher & launcher, const ggml_tensor * w, const ggml_tensor * x, void * memory) {
-    const entropy_columns columns = entropy_columns::at(memory, ggml_nrows(x), x->ne[0]);
-    entropy_launch_quantize<TYPE>(launcher, { (const uint8_t *) w->data, source_of(x), columns });
-    return columns;
-}
-
-template <ggml_type TYPE>
-static void mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, const ggml_tensor * ids, ggml_tensor * dst) {
+static void mat_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * second) {
+    const ggml_tensor * x   = dst->src[1];
+    const ggml_tensor * ids = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
     const stream_launcher launcher = { ctx.stream() };
     ggml_cuda_pool_alloc<int4> memory(ctx.pool(), entropy_columns::size(ggml_nrows(x), x->ne[0])/sizeof(int4) + 1);
 
     entropy_mat_vec_args args = {};
-    args.payload         = (const uint8_t *) w->data;
-    args.slab_stride     = (int64_t) w->nb[2];
-    args.columns         = quantize_columns<TYPE>(launcher, w, x, memory.get());
-    args.y               = (float *) dst->data;
+    int64_t n_rows[2] = { 0, 0 };
+    for (int i = 0; i < 2; i++) {
+        const ggml_tensor * op = i == 1 && second != nullptr ? second : dst;
+        const ggml_tensor * w  = op->src[0];
+        args.payload[i]     = (const uint8_t *) w->data;
+        args.slab_stride[i] = (int64_t) w->nb[2];
+        args.y[i]           = (float *) op->data;
+        args.y1[i]          = (int64_t) (op->nb[1]/sizeof(float));
+        args.y2[i]          = (int64_t) (op->nb[2]/sizeof(float));
+        args.y3[i]          = (int64_t) (op->nb[3]/sizeof(float));
+        if (ids != nullptr) { // planes are slots and tokens
+            args.y3[i] = args.y2[i];
+            args.y2[i] = args.y1[i];
+        }
+        if (i == 0 || second != nullptr) {
+            n_rows[i] = w->ne[1];
+        }
+    }
+    args.columns = entropy_columns::at(memory.get(), ggml_nrows(x), x->ne[0]);
+    entropy_launch_quantize<TYPE>(launcher, { { args.payload[0], args.payload[1] }, source_of(x), args.columns });
+
+    const ggml_tensor * w = dst->src[0];
     args.n1              = x->ne[1];
+    args.n2              = x->ne[2];
     args.planes_per_slab = 1;
-    const int64_t s1 = dst->nb[1]/sizeof(float);
-    const int64_t s2 = dst->nb[2]/sizeof(float);
-    const int64_t s3 = dst->nb[3]/sizeof(float);
     if (ids != nullptr) {
-        args.y2        = s1; // slots
-        args.y3        = s2; // tokens
         args.ids       = (const int32_t *) ids->data;
         args.ids_s0    = ids->nb[0]/sizeof(int32_t);
         args.ids_s1    = ids->nb[1]/sizeof(int32_t);
         args.n_experts = (int) w->ne[2];
-        entropy_launch_mat_vec<TYPE>(launcher, args, 1, w->ne[1], ids->ne[0], ids->ne[1], tuning_of(ctx.device));
+        entropy_launch_mat_vec<TYPE>(launcher, args, 1, n_rows, ids->ne[0], ids->ne[1], tuning_of(ctx.device));
     } else {
-        args.y1              = s1;
-        args.y2              = s2;
-        args.y3              = s3;
-        args.n2              = x->ne[2];
         args.planes_per_slab = (int) (x->ne[2]/w->ne[2]);
-        entropy_launch_mat_vec<TYPE>(launcher, args, (int) x->ne[1], w->ne[1], x->ne[2], x->ne[3], tuning_of(ctx.device));
+        entropy_launch_mat_vec<TYPE>(launcher, args, (int) x->ne[1], n_rows, x->ne[2], x->ne[3], tuning_of(ctx.device));
     }
+}
+
+static void mat_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * second = nullptr) {
+    if (dst->src[0]->type == GGML_TYPE_EQ8) {
+        mat_vec<GGML_TYPE_EQ8>(ctx, dst, second);
+    } else {
+        mat_vec<GGML_TYPE_EQ4>(ctx, dst, second);
+    }
+}
+
+static bool is_small(const ggml_tensor * op) {
+    return op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] <= max_columns() : op->src[1]->ne[1] <= max_columns();
 }
 
 // ---- batches -----------------------------------------------------------------------------------------------------------------------
@@ -145,14 +186,29 @@ static void decode_rows(
     GGML_ASSERT(known);
 }
 
+static entropy_offsets_args offsets_of(const ggml_tensor * w, const ggml_tensor * x, ggml_tensor * dst) {
+    entropy_offsets_args args = {};
+    args.payload         = (const uint8_t *) w->data;
+    args.slab_stride     = (int64_t) w->nb[2];
+    args.source          = source_of(x);
+    args.y               = (float *) dst->data;
+    args.y1              = (int64_t) (dst->nb[1]/sizeof(float));
+    args.y2              = (int64_t) (dst->nb[2]/sizeof(float));
+    args.y3              = (int64_t) (dst->nb[3]/sizeof(float));
+    args.n_cols          = (int) x->ne[0];
+    args.planes_per_slab = 1;
+    return args;
+}
+
 // A chunk of rows gives a part of every column of dst. The stock paths want a contiguous result, so a part is made beside dst and copied.
 static void mul_mat_batch(
         ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, ggml_tensor * dst, ggml_cuda_mul_mat_t stock) {
     cudaStream_t stream = ctx.stream();
     const int64_t n_planes = x->ne[2]/w->ne[2];
-    const int64_t n_rows   = rows_of_chunk(ctx, ggml_row_size(GGML_TYPE_F16, w->ne[0]), w->ne[1], 1);
+    const ggml_type plain  = batches_in_blocks() ? blocks_of(w->type) : GGML_TYPE_F16;
+    const int64_t n_rows   = rows_of_chunk(ctx, ggml_row_size(plain, w->ne[0]), w->ne[1], 1);
     const bool    whole    = n_rows == w->ne[1];
-    decoded_rows rows(ctx, w, GGML_TYPE_F16, n_rows, 1);
+    decoded_rows rows(ctx, w, plain, n_rows, 1);
     ggml_cuda_pool_alloc<float> part(ctx.pool());
     if (!whole) {
         part.alloc(n_rows*x->ne[1]);
@@ -186,11 +242,16 @@ static void mul_mat_batch(
             }
         }
     }
+    if (plain != GGML_TYPE_F16) {
+        entropy_offsets_args args = offsets_of(w, x, dst);
+        args.planes_per_slab = (int) n_planes;
+        entropy_launch_add_offsets(stream_launcher{ stream }, args, dim3((uint32_t) x->ne[1], (uint32_t) x->ne[2], (uint32_t) x->ne[3]));
+    }
 }
 
 static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, const ggml_tensor * ids, ggml_tensor * dst) {
     cudaStream_t stream = ctx.stream();
-    const ggml_type plain   = w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
+    const ggml_type plain   = blocks_of(w->type);
     const int64_t   n_slabs = w->ne[2];
     const int64_t   n_rows  = rows_of_chunk(ctx, ggml_row_size(plain, w->ne[0]), w->ne[1], n_slabs);
     const int64_t   ids_s0  = ids->nb[0]/sizeof(int32_t);
@@ -211,12 +272,12 @@ static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor 
         to.src[0] = &chunk;
         ggml_cuda_mul_mat_q(ctx, &chunk, x, ids, &to);
     }
-    const entropy_offsets_args offsets = {
-        (const uint8_t *) w->data, (int64_t) w->nb[2], source_of(x), (float *) dst->data,
-        (int64_t) (dst->nb[1]/sizeof(float)), (int64_t) (dst->nb[2]/sizeof(float)), (const int32_t *) ids->data, ids_s0, ids_s1, (int) n_slabs, (int) x->ne[0],
-    };
-    constexpr int n_threads = 128;
-    stream_launcher{ stream }(entropy_add_offsets, dim3(1, (uint32_t) ids->ne[0], (uint32_t) ids->ne[1]), n_threads, (int) (n_threads*sizeof(float)), offsets);
+    entropy_offsets_args args = offsets_of(w, x, dst);
+    args.ids       = (const int32_t *) ids->data;
+    args.ids_s0    = ids_s0;
+    args.ids_s1    = ids_s1;
+    args.n_experts = (int) n_slabs;
+    entropy_launch_add_offsets(stream_launcher{ stream }, args, dim3(1, (uint32_t) ids->ne[0], (uint32_t) ids->ne[1]));
 }
 
 // ---- ops ---------------------------------------------------------------------------------------------------------------------------
@@ -226,30 +287,52 @@ bool ggml_cuda_entropy_mul_mat(
     if (!ggml_entropy_is_type(src0->type)) {
         return false;
     }
-    if (src1->ne[1] > ENTROPY_MAX_COLUMNS) {
-        mul_mat_batch(ctx, src0, src1, dst, stock);
-    } else if (src0->type == GGML_TYPE_EQ8) {
-        mat_vec<GGML_TYPE_EQ8>(ctx, src0, src1, nullptr, dst);
+    GGML_ASSERT(dst->src[0] == src0 && dst->src[1] == src1);
+    if (is_small(dst)) {
+        mat_vec(ctx, dst);
     } else {
-        mat_vec<GGML_TYPE_EQ4>(ctx, src0, src1, nullptr, dst);
+        mul_mat_batch(ctx, src0, src1, dst, stock);
     }
     return true;
 }
 
 bool ggml_cuda_entropy_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * w   = dst->src[0];
-    const ggml_tensor * x   = dst->src[1];
-    const ggml_tensor * ids = dst->src[2];
-    if (!ggml_entropy_is_type(w->type)) {
+    if (!ggml_entropy_is_type(dst->src[0]->type)) {
         return false;
     }
-    if (ids->ne[1] > ENTROPY_MAX_COLUMNS) {
-        mul_mat_id_batch(ctx, w, x, ids, dst);
-    } else if (w->type == GGML_TYPE_EQ8) {
-        mat_vec<GGML_TYPE_EQ8>(ctx, w, x, ids, dst);
+    if (is_small(dst)) {
+        mat_vec(ctx, dst);
     } else {
-        mat_vec<GGML_TYPE_EQ4>(ctx, w, x, ids, dst);
+        mul_mat_id_batch(ctx, dst->src[0], dst->src[1], dst->src[2], dst);
     }
+    return true;
+}
+
+static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * a0 = (const char *) a->data;
+    const char * b0 = (const char *) b->data;
+    return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
+}
+
+bool ggml_cuda_entropy_mul_mat_pair(ggml_backend_cuda_context & ctx, ggml_tensor * first, ggml_tensor * second) {
+    if ((first->op != GGML_OP_MUL_MAT && first->op != GGML_OP_MUL_MAT_ID) || second->op != first->op) {
+        return false;
+    }
+    // streams beside the first: the two ops may belong to different ones
+    if (ctx.curr_stream_no != 0 || (second->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
+        return false;
+    }
+    const ggml_tensor * a = first->src[0];
+    const ggml_tensor * b = second->src[0];
+    if (!ggml_entropy_is_type(a->type) || b->type != a->type || a->ne[0] != b->ne[0] || a->ne[2] != b->ne[2]
+            || first->src[1] != second->src[1] || first->src[2] != second->src[2] || !is_small(first)) {
+        return false;
+    }
+    // the second result may not take the place of what the first op still reads or writes
+    if (overlap(first, second) || overlap(first->src[1], second) || (first->src[2] != nullptr && overlap(first->src[2], second))) {
+        return false;
+    }
+    mat_vec(ctx, first, second);
     return true;
 }
 
@@ -360,6 +443,10 @@ bool ggml_cuda_entropy_mul_mat(ggml_backend_cuda_context &, const ggml_tensor *,
 }
 
 bool ggml_cuda_entropy_mul_mat_id(ggml_backend_cuda_context &, ggml_tensor *) {
+    return false;
+}
+
+bool ggml_cuda_entropy_mul_mat_pair(ggml_backend_cuda_context &, ggml_tensor *, ggml_tensor *) {
     return false;
 }
 

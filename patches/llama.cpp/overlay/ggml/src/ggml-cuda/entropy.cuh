@@ -16,5 +16,8 @@ bool ggml_cuda_entropy_mul_mat(
 bool ggml_cuda_entropy_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool ggml_cuda_entropy_get_rows  (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
+// Two ops that follow one another in a graph, in one launch if they multiply different weights of ours with the same columns.
+bool ggml_cuda_entropy_mul_mat_pair(ggml_backend_cuda_context & ctx, ggml_tensor * first, ggml_tensor * second);
+
 // What ggml_backend_cuda_reg_get_proc_address answers for names of ours (ggml-backend-entropy.h); nullptr for others.
 void * ggml_cuda_entropy_get_proc_address(const char * name);

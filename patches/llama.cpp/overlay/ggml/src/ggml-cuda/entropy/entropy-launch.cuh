@@ -38,13 +38,15 @@ static void entropy_launch_quantize(const Launcher & launcher, const entropy_qua
     launcher(entropy_quantize_columns<TYPE>, grid, n_warps*32, 0, args);
 }
 
+// n_rows: of both matrices; 0 for the second if there is none.
 template <ggml_type TYPE, typename Launcher>
 static void entropy_launch_mat_vec(
-        const Launcher & launcher, const entropy_mat_vec_args & args, int n_columns, int64_t n_rows, int64_t ny, int64_t nz,
+        const Launcher & launcher, entropy_mat_vec_args args, int n_columns, const int64_t (&n_rows)[2], int64_t ny, int64_t nz,
         const entropy_tuning & tuning) {
     const int limit   = std::min(tuning.mat_vec_warps, (int) ((tuning.shared_size - ENTROPY_TABLE_SIZE)/ENTROPY_RING_SIZE));
-    const int n_warps = entropy_even_warps(entropy_likely_slices(args.columns.n_cols, n_rows), limit);
-    const dim3 grid((uint32_t) entropy_ceil_div(n_rows, ENTROPY_LANES), (uint32_t) ny, (uint32_t) nz);
+    const int n_warps = entropy_even_warps(entropy_likely_slices(args.columns.n_cols, n_rows[0]), limit);
+    args.n_groups     = (int) entropy_ceil_div(n_rows[0], ENTROPY_LANES);
+    const dim3 grid((uint32_t) (args.n_groups + entropy_ceil_div(n_rows[1], ENTROPY_LANES)), (uint32_t) ny, (uint32_t) nz);
     const int n_shared = entropy_mat_vec_shared_size(n_warps);
     switch (n_columns) {
         case 1: launcher(entropy_mat_vec<TYPE, 1>, grid, n_warps*32, n_shared, args); break;
@@ -100,4 +102,10 @@ static void entropy_launch_get_rows(
     const int n_warps = entropy_even_warps(n_slices, 4);
     const dim3 grid((uint32_t) n_ids, (uint32_t) entropy_ceil_div(n_slices, n_warps), (uint32_t) n_slabs);
     launcher(entropy_get_rows<TYPE>, grid, n_warps*32, entropy_get_rows_shared_size(n_warps), args);
+}
+
+template <typename Launcher>
+static void entropy_launch_add_offsets(const Launcher & launcher, const entropy_offsets_args & args, dim3 grid) {
+    constexpr int n_threads = 128;
+    launcher(entropy_add_offsets, grid, n_threads, (int) (n_threads*sizeof(float)), args);
 }

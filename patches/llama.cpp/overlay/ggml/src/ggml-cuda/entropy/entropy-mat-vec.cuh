@@ -49,7 +49,7 @@ struct entropy_source {
 };
 
 struct entropy_quantize_args {
-    const uint8_t * payload; // any slab: all have the same modes
+    const uint8_t * payload[2]; // of the matrices that the columns meet, any slab: all have the same modes
     entropy_source  source;
     entropy_columns columns;
 };
@@ -73,7 +73,8 @@ __global__ void entropy_quantize_columns(const entropy_quantize_args args) {
     // place of this lane's code among the unit's
     const int place = TYPE == GGML_TYPE_EQ4 ? lane/8*8 + lane%2*4 + lane%8/2 : lane;
 
-    const bool has_offset = entropy_slab(args.payload).offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    const bool has_offset = entropy_slab(args.payload[0]).offset_mode != GGML_ENTROPY_OFFSET_NONE
+        || entropy_slab(args.payload[1]).offset_mode != GGML_ENTROPY_OFFSET_NONE;
     for (int term = 0; term < (has_offset ? 2 : 1); term++) {
         // the largest magnitude: as bits, positive floats are in order
         const float   largest = bits_float(warp_max(float_bits(x) & 0x7FFFFFFF));
@@ -89,12 +90,15 @@ __global__ void entropy_quantize_columns(const entropy_quantize_args args) {
     }
 }
 
+// One or two matrices of the same type that meet the same columns, as a gate and its up-projection do: one launch fills a GPU that either
+// alone would not. The second begins at row group n_groups.
 struct entropy_mat_vec_args {
-    const uint8_t * payload;
-    int64_t         slab_stride;
+    const uint8_t * payload[2];
+    int64_t         slab_stride[2];
+    float         * y[2];
+    int64_t         y1[2], y2[2], y3[2]; // strides in floats: column, plane
+    int             n_groups;       // of the first matrix
     entropy_columns columns;
-    float         * y;
-    int64_t         y1, y2, y3;     // strides in floats: column, plane
     // MUL_MAT: block (., i2, i3) takes slab i2 / planes_per_slab and the columns of plane (i2, i3)
     int64_t         n1, n2;         // ne11, ne12
     int             planes_per_slab;
@@ -178,10 +182,10 @@ static constexpr int entropy_mat_vec_shared_size(int n_warps) {
 }
 
 template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
-ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_mat_vec_args & args, const entropy_slab & slab, int group, int64_t column0, float * y) {
+ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const entropy_slab & slab, int group, int64_t column0, float * y, int64_t y1) {
     const uint32_t rings = ENTROPY_TABLE_SIZE;
 
-    entropy_dot<TYPE, N_COLUMNS, N_TERMS> dot(args.columns, column0);
+    entropy_dot<TYPE, N_COLUMNS, N_TERMS> dot(columns, column0);
     ENTROPY_NOUNROLL
     for (int slice = warp_id(); slice < slab.n_slices; slice += n_warps()) {
         entropy_decode_tile<TYPE>(slab, group, slice, rings + warp_id()*ENTROPY_RING_SIZE, dot);
@@ -208,17 +212,19 @@ ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_mat_vec_args & args, con
             value += shared_read<float>(rings + ((w*N_COLUMNS + c)*ENTROPY_LANES + lane)*4);
         }
         if (lane < slab.n_lanes(group)) {
-            global_store(y + c*args.y1 + row, value);
+            global_store(y + c*y1 + row, value);
         }
     }
 }
 
-// Grid: (row groups, i2, i3) or (row groups, slots, tokens).
+// Grid: (row groups of both matrices, i2, i3) or (row groups, slots, tokens).
 template <ggml_type TYPE, int N_COLUMNS>
 __global__ void __launch_bounds__(512, N_COLUMNS <= 4 ? 2 : 1) entropy_mat_vec(const entropy_mat_vec_args args) {
+    const int which = (int) blockIdx.x >= args.n_groups;
+    const int group = (int) blockIdx.x - which*args.n_groups;
     int64_t i_slab  = blockIdx.y/args.planes_per_slab;
     int64_t column0 = (blockIdx.z*args.n2 + blockIdx.y)*args.n1;
-    float * y       = args.y + blockIdx.y*args.y2 + blockIdx.z*args.y3;
+    float * y       = args.y[which] + blockIdx.y*args.y2[which] + blockIdx.z*args.y3[which];
     if (args.ids != nullptr) {
         const int32_t expert = global_load(args.ids + blockIdx.y*args.ids_s0 + blockIdx.z*args.ids_s1);
         if (expert < 0 || expert >= args.n_experts) {
@@ -227,12 +233,12 @@ __global__ void __launch_bounds__(512, N_COLUMNS <= 4 ? 2 : 1) entropy_mat_vec(c
         i_slab  = expert;
         column0 = blockIdx.z*args.n1 + blockIdx.y % args.n1;
     }
-    const entropy_slab slab(args.payload + i_slab*args.slab_stride);
+    const entropy_slab slab(args.payload[which] + i_slab*args.slab_stride[which]);
     entropy_fill_table(slab);
     block_sync();
     if (slab.offset_mode == GGML_ENTROPY_OFFSET_NONE) {
-        entropy_mat_vec_group<TYPE, N_COLUMNS, 1>(args, slab, blockIdx.x, column0, y);
+        entropy_mat_vec_group<TYPE, N_COLUMNS, 1>(args.columns, slab, group, column0, y, args.y1[which]);
     } else {
-        entropy_mat_vec_group<TYPE, N_COLUMNS, 2>(args, slab, blockIdx.x, column0, y);
+        entropy_mat_vec_group<TYPE, N_COLUMNS, 2>(args.columns, slab, group, column0, y, args.y1[which]);
     }
 }

@@ -284,23 +284,31 @@ struct entropy_offsets_args {
     int64_t         slab_stride;
     entropy_source  source;
     float         * y;
-    int64_t         y1, y2;
+    int64_t         y1, y2, y3;     // strides in floats
+    int             n_cols;
+    // as in entropy_mat_vec_args
+    int             planes_per_slab;
     const int32_t * ids;
     int64_t         ids_s0, ids_s1;
     int             n_experts;
-    int             n_cols;
 };
 
-// y[token][slot][row] += offset[row] * sum(x). Grid: (1, slots, tokens).
+// y[column][row] += offset[row] * sum(x[column]). Grid: (columns, i2, i3); with ids (1, slots, tokens).
 static __global__ void entropy_add_offsets(const entropy_offsets_args args) {
     if (entropy_slab(args.payload).offset_mode == GGML_ENTROPY_OFFSET_NONE) {
         return;
     }
-    const int32_t expert = global_load(args.ids + blockIdx.y*args.ids_s0 + blockIdx.z*args.ids_s1);
-    if (expert < 0 || expert >= args.n_experts) {
-        return;
+    int64_t       i_slab = blockIdx.y/args.planes_per_slab;
+    const float * x      = args.source.data + blockIdx.x*args.source.s1 + blockIdx.y*args.source.s2 + blockIdx.z*args.source.s3;
+    float       * y      = args.y + blockIdx.x*args.y1 + blockIdx.y*args.y2 + blockIdx.z*args.y3;
+    if (args.ids != nullptr) {
+        i_slab = global_load(args.ids + blockIdx.y*args.ids_s0 + blockIdx.z*args.ids_s1);
+        if (i_slab < 0 || i_slab >= args.n_experts) {
+            return; // the whole block
+        }
+        x = args.source.data + blockIdx.y % args.source.n1*args.source.s1 + blockIdx.z*args.source.s2;
+        y = args.y + blockIdx.y*args.y1 + blockIdx.z*args.y2;
     }
-    const float * x = args.source.data + blockIdx.y % args.source.n1*args.source.s1 + blockIdx.z*args.source.s2;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < args.n_cols; i += blockDim.x) {
         sum += global_load(x + i);
@@ -311,8 +319,7 @@ static __global__ void entropy_add_offsets(const entropy_offsets_args args) {
     for (int i = 0; i < (int) blockDim.x; i++) {
         sum += shared_read<float>(i*4);
     }
-    const entropy_slab slab(args.payload + expert*args.slab_stride);
-    float * y = args.y + blockIdx.y*args.y1 + blockIdx.z*args.y2;
+    const entropy_slab slab(args.payload + i_slab*args.slab_stride);
     for (int row = threadIdx.x; row < slab.n_rows; row += blockDim.x) {
         global_store(y + row, global_read(y + row) + slab.offset(row)*sum);
     }
