@@ -264,7 +264,9 @@ static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor 
     decoded_rows rows(ctx, w, plain, n_rows, n_slabs);
     for (int64_t row0 = 0; row0 < w->ne[1]; row0 += n_rows) {
         ggml_tensor chunk = rows.tensor;
-        chunk.ne[1] = std::min(n_rows, w->ne[1] - row0); // nb stays: slabs keep their places
+        chunk.ne[1] = std::min(n_rows, w->ne[1] - row0);
+        chunk.nb[2] = chunk.nb[1]*chunk.ne[1]; // MMQ wants the slabs one behind the other
+        chunk.nb[3] = chunk.nb[2]*n_slabs;
         decode_rows(ctx, w, 0, n_routes.get(), row0, chunk);
         ggml_tensor to = *dst;
         to.ne[0]  = chunk.ne[1];
