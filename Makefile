@@ -8,6 +8,7 @@ STAMP  := $(VENV)/.installed
 
 GPU_PACK := build/gpu/entrollm-gpu.tar.xz
 GPU_OUT  ?= build/gpu/out
+TEST_WORKERS ?= 2
 
 .PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory cuda-objects gpu-pack gpu-run lint clean
 
@@ -30,7 +31,7 @@ demo: runtime ## a real model through all recipes, compared with stock types, an
 	$(BIN)/entrollm demo --out build/demo
 
 test: runtime lint ## all tests of the default tier
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-asan: runtime ## codec, ops and loader on damaged files, under AddressSanitizer and UBSan
 	bash tests/sanitizers/run.sh $(BIN) address
