@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "convert_model": "entrollm_gguf.convert.pipeline",
+    "plan_model": "entrollm_gguf.convert.pipeline",
     "decode_file": "entrollm_gguf.inspect.decode",
     "inspect_file": "entrollm_gguf.inspect.report",
     "verify_file": "entrollm_gguf.inspect.verify",

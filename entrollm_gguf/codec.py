@@ -367,6 +367,11 @@ def encode(
     return Encoded(payload, sum(map(entropy_bits, histograms)), sum(p.n_bits for p in plans), width)
 
 
+def default_tile_cols(n_rows: int, n_cols: int) -> int:
+    """Columns of a tile that `encode` takes for a matrix of this shape (docs/format.md 7)."""
+    return _lib().ggml_entropy_default_tile_cols(n_rows, n_cols)
+
+
 def _measure(kind: EntropyType, stack: np.ndarray, plans: list[CodePlan], width: int, n_threads: int) -> tuple[list[np.ndarray], int]:
     """Lane lengths of every slab at the widest tile_cols <= width that keeps each within 255 words."""
     lib = _lib()

@@ -18,6 +18,15 @@ from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 
 
+# these take minutes each: with two workers they come first, or one worker would wait for the other at the end
+_LONG = ("test_smollm2.py", "test_architectures.py", "test_host_kernels.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order is kept otherwise."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator with a fixed seed."""

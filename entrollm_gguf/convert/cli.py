@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +21,37 @@ from entrollm_gguf.console import output_console
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
-    from entrollm_gguf.convert.pipeline import ConversionReport
+    from entrollm_gguf.convert.pipeline import ConversionReport, Plan
 
 _RECIPE_HELP = "".join(f"\b\n  {r.name:10} {r.summary}\n" for r in RECIPES.values())
+
+
+class SizeType(click.ParamType):
+    """Bytes: 80000000, 80MB (1000s), 76MiB (1024s)."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of a size as people write it."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b?)\s*", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no size; write it as 80MB or 1.5GiB", param, ctx)
+        base = 1024 if match[3] else 1000
+        return int(float(match[1]) * base ** ("kmgt".index(match[2].lower()) + 1 if match[2] else 0))
 
 
 @click.command(
     epilog=f"\b\nRecipes:\n{_RECIPE_HELP}\n\b\nExamples:\n  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf\n"
     "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --recipe EQ8-paper\n"
+    "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --bits 4.25\n"
+    "  entrollm convert ./SmolLM2-135M-Instruct --size 80MB --dry-run\n"
 )
 @click.argument("model_dir", type=click.Path(path_type=Path), required=False)
 @click.argument("out_file", type=click.Path(path_type=Path), required=False)
 @click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, metavar="NAME", help="How weights are quantized; see below.")
+@click.option("--bits", type=click.FloatRange(1, 8), help="Bits per weight of all tensors together; the step is chosen for it, from below.")
+@click.option("--size", type=SizeType(), help="The same by the size of the whole file: bytes, or with a unit as in 80MB, 1.5GiB.")
+@click.option("--dry-run", is_flag=True, help="With --bits or --size: print what each tensor would take, and write nothing.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 @click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a decoding tile, a multiple of 32; by default by size.")
 @click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
@@ -41,6 +62,9 @@ def convert(
     model_dir: Path | None,
     out_file: Path | None,
     recipe: str,
+    bits: float | None,
+    size: int | None,
+    dry_run: bool,
     threads: int | None,
     tile_cols: int | None,
     force: bool,
@@ -63,8 +87,12 @@ def convert(
 
         click.echo("\n".join(architectures()))
         return
-    if model_dir is None or out_file is None:
+    if model_dir is None or (out_file is None and not dry_run):
         raise click.UsageError("MODEL_DIR and OUT_FILE are needed; see --help")
+    if bits is not None and size is not None:
+        raise click.UsageError("give --bits or --size, not both")
+    if dry_run and bits is None and size is None:
+        raise click.UsageError("--dry-run plans for --bits or --size; give one")
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -76,13 +104,42 @@ def convert(
             million = 1_000_000
             bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
 
-        report = pipeline.convert_model(
-            model_dir, out_file, recipe=recipe, threads=threads, tile_cols=tile_cols, force=force, progress=on_progress
-        )
+        if dry_run or out_file is None:
+            plan = pipeline.plan_model(model_dir, bits=bits, size=size, threads=threads, tile_cols=tile_cols, progress=on_progress)
+        else:
+            report = pipeline.convert_model(
+                model_dir,
+                out_file,
+                recipe=recipe,
+                bits=bits,
+                size=size,
+                threads=threads,
+                tile_cols=tile_cols,
+                force=force,
+                progress=on_progress,
+            )
+    if dry_run or out_file is None:
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(plan), indent=2))
+        else:
+            print_plan(plan, output_console())
+        return
     if as_json:
         click.echo(json.dumps(report_as_dict(report), indent=2))
     else:
         print_summary(report, output_console())
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """What every tensor would take."""
+    table = Table("tensor", "type", "shape", "bytes", "bits per weight", box=None)
+    for one in plan.tensors:
+        bits = one.n_bytes * 8 / max(1, math.prod(one.shape))
+        table.add_row(one.name, one.type_name, " x ".join(map(str, one.shape)), f"{one.n_bytes:,}", f"{bits:.3f}")
+    console.print(table)
+    console.print(
+        f"about {plan.file_bytes / 1e6:.1f} MB, {plan.bits_per_weight:.3f} bits per weight, step {plan.step:.4f} of a row's root mean square"
+    )
 
 
 def report_as_dict(report: ConversionReport) -> dict:

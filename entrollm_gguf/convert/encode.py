@@ -9,8 +9,7 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.errors import ConversionError
-from entrollm_gguf.quant import QUANTIZERS
-from entrollm_gguf.quant.base import NotFiniteError, QuantizeError
+from entrollm_gguf.quant.base import NotFiniteError, QuantizeError, Quantizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def encode_tensor(
     name: str,
     weights: np.ndarray,
     kind: codec.EntropyType,
-    quantizer: str,
+    quantizer: Quantizer,
     *,
     tile_cols: int | None = None,
     threads: int | None = None,
@@ -53,7 +52,7 @@ def encode_tensor(
 
     Args:
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
-        quantizer: key of QUANTIZERS.
+        quantizer: function(weights, kind, threads).
     Returns:
         payload (uint8) and its record.
     Raises:
@@ -61,7 +60,7 @@ def encode_tensor(
         Unquantizable: finite weights that no f16 scale covers.
     """
     try:
-        quantized = QUANTIZERS[quantizer](weights, kind, threads)
+        quantized = quantizer(weights, kind, threads)
     except NotFiniteError as error:
         raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
     except QuantizeError as error:

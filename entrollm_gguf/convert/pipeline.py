@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -25,18 +26,23 @@ import numpy as np
 
 from entrollm_gguf import __version__
 from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.convert.budget import FINEST, Survey, corrected, step_for, target_bytes
 from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
-from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, Recipe, find_recipe
+from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RATE, Recipe, find_recipe
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
+from entrollm_gguf.quant import QUANTIZERS, NotFiniteError, Profile, Quantizer, profile, quantize_step
 
 # Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
 MAX_WEIGHTS_IN_FLIGHT = 32_000_000
 
 FORMAT_VERSION = 1
+
+# Conversions until a size is met: the first step comes from histograms and is right to some tenths of a percent.
+_ATTEMPTS = 4
 
 Progress = Callable[[int, int, str], None]  # weights done, weights in all, name of the tensor
 
@@ -67,6 +73,26 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
+class PlannedTensor:
+    """A line of a plan."""
+
+    name: str
+    type_name: str  # "EQ8", or "kept"
+    shape: tuple[int, ...]  # numpy order
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion to a size would make; sizes are expected to within a percent."""
+
+    step: float  # of a row's root mean square
+    tensors: tuple[PlannedTensor, ...]
+    file_bytes: int
+    bits_per_weight: float  # of all tensors
+
+
+@dataclass(frozen=True)
 class _Part:
     """A finished tensor: where its bytes lie in the spill, and in which type."""
 
@@ -89,6 +115,8 @@ def convert_model(
     out_path: str | Path,
     *,
     recipe: str = DEFAULT_RECIPE,
+    bits: float | None = None,
+    size: int | None = None,
     threads: int | None = None,
     tile_cols: int | None = None,
     force: bool = False,
@@ -99,7 +127,9 @@ def convert_model(
     Args:
         model_dir: config.json, tokenizer files and safetensors (or pytorch .bin) weights.
         out_path: the GGUF; appears only when complete.
-        recipe: a name from `RECIPES`.
+        recipe: a name from `RECIPES`; not looked at where bits or size is given.
+        bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it.
+        size: bytes of the whole file, the same way.
         threads: None for all cores.
         tile_cols: columns of a tile (docs/format.md 7); None for the default.
         force: replace an existing output.
@@ -111,28 +141,132 @@ def convert_model(
         RuntimeMissingError: the patched runtime is not installed.
     """
     started = time.monotonic()
-    chosen = find_recipe(recipe)
+    chosen = find_recipe(recipe) if bits is None and size is None else RATE
     out = Path(out_path)
-    if tile_cols is not None and (tile_cols % 32 or not 32 <= tile_cols <= 1024):
-        raise ConversionError(f"tile_cols {tile_cols}: must be a multiple of 32 from 32 to 1024")
+    _check_arguments(bits, size, tile_cols)
     check_output(out, force)
     check_weight_files(Path(model_dir))
     with atomic_output(out, force) as temporary:
-        source = SourceModel(Path(model_dir), temporary)
-        spill = SpillFile(out.parent)
+        survey = None if chosen is not RATE else survey_model(model_dir, temporary, threads=threads, progress=progress)
+        target = 0 if survey is None else target_bytes(survey, bits, size)
+        step = 0.0 if survey is None else step_for(survey, target, tile_cols)
+        for attempt in range(_ATTEMPTS):
+            source = SourceModel(Path(model_dir), temporary)
+            spill = SpillFile(out.parent)
+            try:
+                quantizer = QUANTIZERS[chosen.quantizer] if survey is None else functools.partial(quantize_step, step=step)
+                parts = _encode_all(source, spill, chosen, quantizer, threads, tile_cols, progress)
+                actual = sum(part.size for part in parts)
+                if survey is not None and not 0.99 * target <= actual <= target and attempt + 1 < _ATTEMPTS and step > FINEST:
+                    step = max(FINEST, corrected(step, actual, target, survey))
+                    continue
+                if survey is not None and actual > target:
+                    raise ConversionError(f"no step was found for this size: {actual} bytes came out for {target}; ask for a little more")
+                for part in parts:
+                    tensor = StreamedTensor(*_declared(part), part.size, functools.partial(spill.copy_to, at=part.at, size=part.size))
+                    source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
+                records = tuple(part.record for part in parts)
+                gguf = import_gguf()
+                file_type = gguf.LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
+                source.write_file(_metadata(chosen, records), file_type, temporary)
+                break
+            finally:
+                spill.close()
+        n_bytes = temporary.stat().st_size
+    return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started)
+
+
+def plan_model(
+    model_dir: str | Path,
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    threads: int | None = None,
+    tile_cols: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """What `convert_model` with the same arguments would make; writes nothing.
+
+    Raises:
+        ConversionError, UnsupportedModelError: as convert_model.
+    """
+    _check_arguments(bits, size, tile_cols)
+    if bits is None and size is None:
+        raise ConversionError("a plan needs bits or size")
+    check_weight_files(Path(model_dir))
+    with tempfile.TemporaryDirectory() as folder:
+        survey = survey_model(model_dir, Path(folder) / "header.gguf", threads=threads, progress=progress)
+    step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
+    planned = [PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step, tile_cols)) for name, one in survey.profiles.items()]
+    planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]
+    n_bytes = sum(one.n_bytes for one in planned)
+    return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)
+
+
+def _check_arguments(bits: float | None, size: int | None, tile_cols: int | None) -> None:
+    if tile_cols is not None and (tile_cols % 32 or not 32 <= tile_cols <= 1024):
+        raise ConversionError(f"tile_cols {tile_cols}: must be a multiple of 32 from 32 to 1024")
+    if bits is not None and size is not None:
+        raise ConversionError("give bits or size, not both")
+    if bits is not None and not 1 <= bits <= 8:
+        raise ConversionError(f"bits {bits}: must lie between 1 and 8")
+
+
+def survey_model(model_dir: str | Path, scratch: Path, *, threads: int | None = None, progress: Progress | None = None) -> Survey:
+    """Look at every tensor once: what matrices cost at any step, and what all else takes.
+
+    Args:
+        scratch: a file that may be overwritten, to measure the metadata.
+    Raises:
+        ConversionError, UnsupportedModelError: as for convert_model.
+    """
+    source = SourceModel(Path(model_dir), scratch)
+    total, done = source.n_elements(), 0
+    profiles: dict[str, Profile] = {}
+    kept: dict[str, int] = {}
+    records: list[TensorRecord] = []
+    kept_shapes: dict[str, tuple[int, ...]] = {}
+    types = import_gguf().GGMLQuantizationType
+    futures: deque[tuple[str, int, Future]] = deque()
+
+    def finish_one() -> None:
+        nonlocal done
+        name, n_weights, future = futures.popleft()
         try:
-            parts = _encode_all(source, spill, chosen, threads, tile_cols, progress)
-            for part in parts:
-                tensor = StreamedTensor(*_declared(part), part.size, functools.partial(spill.copy_to, at=part.at, size=part.size))
-                source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
-            records = tuple(part.record for part in parts)
-            gguf = import_gguf()
-            file_type = gguf.LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
-            source.write_file(_metadata(chosen, records), file_type, temporary)
-        finally:
-            spill.close()
-        size = temporary.stat().st_size
-    return ConversionReport(out, chosen.name, records, size, time.monotonic() - started)
+            profiles[name] = future.result()
+        except NotFiniteError as error:
+            raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
+        done += n_weights
+        if progress:
+            progress(done, total, name)
+
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+
+        def handle(name: str, data: Any, raw_dtype: int | None) -> None:
+            nonlocal done
+            shape = tuple(data.shape)
+            records.append(TensorRecord(name, "", shape, 0, "step-0.0000"))
+            chunked = isinstance(data, import_gguf().LazyChunkedTensor)
+            if not chunked and raw_dtype == types.BF16 and data.dtype != np.uint8 and reason_to_keep(name, shape) is None:
+                while len(futures) > (threads or os.cpu_count() or 1):
+                    finish_one()
+                futures.append((name, math.prod(shape), pool.submit(profile, evaluate(data))))
+                return
+            if chunked:
+                kept[name] = data.nbytes
+            else:
+                payload, record, _ = _finish_tensor(name, evaluate(data), raw_dtype, RATE, quantize_step, 1, None, threading.Event())
+                kept[name], shape = payload.nbytes, record.shape
+            kept_shapes[name] = shape
+            done += math.prod(shape)
+
+        source.each_tensor(handle)
+        while futures:
+            finish_one()
+    # a header of the same tensors without their data; each takes its name, shape, type and place
+    source.write_file(_metadata(RATE, tuple(records)), 0, scratch)
+    infos = sum(len(record.name.encode()) + 8 + 4 + 8 * len(record.shape) + 4 + 8 for record in records)
+    return Survey(profiles, kept, kept_shapes, scratch.stat().st_size + infos + 32 * (len(records) + 1))
 
 
 def check_weight_files(model_dir: Path) -> None:
@@ -178,6 +312,7 @@ def _encode_all(
     source: SourceModel,
     spill: SpillFile,
     recipe: Recipe,
+    quantizer: Quantizer,
     threads: int | None,
     tile_cols: int | None,
     progress: Progress | None,
@@ -220,7 +355,7 @@ def _encode_all(
                 finish_one()
             # a tensor that is alone gets all threads, one of many gets one
             inner = n_threads if n_weights > MAX_WEIGHTS_IN_FLIGHT else 1
-            work = functools.partial(_finish_tensor, name, evaluate(data), raw_dtype, recipe, inner, tile_cols, stop)
+            work = functools.partial(_finish_tensor, name, evaluate(data), raw_dtype, recipe, quantizer, inner, tile_cols, stop)
             jobs.append(_Job(pool.submit(work), n_weights))
             in_flight += n_weights
 
@@ -263,6 +398,7 @@ def _finish_tensor(
     data: Any,
     raw_dtype: int | None,
     recipe: Recipe,
+    quantizer: Quantizer,
     threads: int,
     tile_cols: int | None,
     stop: threading.Event,
@@ -277,7 +413,7 @@ def _finish_tensor(
     reason = reason_to_keep(name, tuple(data.shape))
     if reason is None:
         try:
-            payload, record = encode_tensor(name, data, recipe.kind, recipe.quantizer, tile_cols=tile_cols, threads=threads)
+            payload, record = encode_tensor(name, data, recipe.kind, quantizer, tile_cols=tile_cols, threads=threads)
             return payload, record, types[record.type_name]
         except Unquantizable as error:
             reason = str(error)

@@ -31,6 +31,9 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
+#: What --bits and --size make; it has no fixed step, so it is not among the names.
+RATE = Recipe("EQ8-rate", EntropyType.EQ8, "step", "a step chosen for the size that is wanted")
+
 DEFAULT_RECIPE = "EQ8-mixed"
 
 

@@ -4,7 +4,9 @@
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer
 from entrollm_gguf.quant.mixed import quantize_mixed
 from entrollm_gguf.quant.paper import quantize_paper
+from entrollm_gguf.quant.profile import Profile, profile
 from entrollm_gguf.quant.rows import quantize_rows
+from entrollm_gguf.quant.step import quantize_step
 
 #: name -> function(weights, kind, threads) -> Quantized
 QUANTIZERS: dict[str, Quantizer] = {
@@ -13,4 +15,16 @@ QUANTIZERS: dict[str, Quantizer] = {
     "rows": quantize_rows,
 }
 
-__all__ = ["QUANTIZERS", "NotFiniteError", "QuantizeError", "Quantized", "Quantizer", "quantize_mixed", "quantize_paper", "quantize_rows"]
+__all__ = [
+    "QUANTIZERS",
+    "NotFiniteError",
+    "Profile",
+    "QuantizeError",
+    "Quantized",
+    "Quantizer",
+    "profile",
+    "quantize_mixed",
+    "quantize_paper",
+    "quantize_rows",
+    "quantize_step",
+]

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Size against quality: stock types with and without an importance matrix, and ours. `python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS]`.
+
+The model is SmolLM2-135M-Instruct without the Q4_1 grid it came with: every block of 32 weights is dithered within its step (fixed seed), so that no block
+type fits it by birth. Text: Python's language reference; its first half is scored, the importance matrix comes from its second half. KL divergence is to
+the unquantized (dithered) model. Bits per weight count all tensors, not the metadata.
+
+Rows of 576 are no multiple of 256, so llama-quantize puts other types in place of K and I types for most tensors of this model: names tell what was asked
+for, bits per weight what came out.
+
+Draws docs/quality.png and docs/quality.svg.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from entrollm_gguf import runtime
+from entrollm_gguf.convert.pipeline import convert_model
+from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
+from entrollm_gguf.eval.perplexity import ReferenceLogits
+from entrollm_gguf.eval.tools import run_tool
+from entrollm_gguf.gguf_io.patched import import_gguf
+
+STOCK = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_S")
+BITS = (3.25, 3.75, 4.25, 4.75, 5.25, 5.75, 6.25, 6.75, 7.25)
+SEED = 2505
+
+
+def dithered_folder(out: Path) -> Path:
+    """The model as a Hugging Face folder, each weight moved at random within half a step of its Q4_1 block."""
+    folder = out / "SmolLM2-135M-dithered"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    plain = out / "SmolLM2-135M"
+    build_hf_folder(fetch_gguf(runtime.cache_folder() / "models"), plain)
+    generator = torch.Generator().manual_seed(SEED)
+    tensors = load_file(plain / "model.safetensors")
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dim() != 2:
+            continue
+        blocks = tensor.float().reshape(-1, 32)
+        step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 15  # 16 levels from the smallest to the largest
+        blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * step
+        tensors[name] = blocks.reshape(tensor.shape).to(torch.bfloat16)
+    (plain / "model.safetensors").unlink()
+    part = out / "part.safetensors"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(plain / "model.safetensors")
+    plain.replace(folder)
+    return folder
+
+
+def tensor_bits(path: Path) -> float:
+    """Bits per weight of all tensors of a GGUF."""
+    tensors = import_gguf().GGUFReader(path).tensors
+    return sum(int(t.n_bytes) for t in tensors) * 8 / sum(int(t.n_elements) for t in tensors)
+
+
+def make_files(out: Path) -> dict[str, tuple[str, Path]]:
+    """name -> (family, file)."""
+    hf = dithered_folder(out)
+    text = english_text()
+    (out / "scored.txt").write_text(text[: len(text) // 2], encoding="utf-8")
+    (out / "calibration.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
+    reference = out / "F16.gguf"
+    script = runtime.conversion_path() / "convert_hf_to_gguf.py"
+    subprocess.run([sys.executable, str(script), str(hf), "--outfile", str(reference), "--outtype", "f16"], check=True, capture_output=True)
+    imatrix = out / "imatrix.gguf"
+    run_tool(
+        "llama-imatrix", ["-m", reference, "-f", out / "calibration.txt", "-o", imatrix, "-c", "512", "--chunks", "40"], model=reference
+    )
+    files = {"F16": ("reference", reference)}
+    for name in STOCK:
+        for family, arguments in (("stock", []), ("stock, imatrix", ["--imatrix", imatrix])):
+            path = out / f"{name}{'-imatrix' if arguments else ''}.gguf"
+            run_tool("llama-quantize", [*arguments, reference, path, name], model=reference)
+            files[path.stem] = (family, path)
+    for bits in BITS:
+        path = out / f"EQ8-{bits}.gguf"
+        convert_model(hf, path, bits=bits, force=True)
+        files[path.stem] = ("ours, no data", path)
+    return files
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """KLD over bits per weight, one line a family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    for family, marker in (("stock", "s"), ("stock, imatrix", "^"), ("ours, no data", "o")):
+        points = sorted((row["bits_per_weight"], row["kld_mean"], row["name"]) for row in rows if row["family"] == family)
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker=marker, label=family, linewidth=1)
+        for x, y, name in points:
+            axes.annotate(name.removesuffix("-imatrix"), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight, all tensors")
+    axes.set_ylabel("mean KL divergence to the unquantized model, nats")
+    axes.set_title("SmolLM2-135M-Instruct, Q4_1 grid dithered away")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=130, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Make, measure, draw."""
+    if len(sys.argv) not in (3, 4):
+        raise SystemExit("usage: quality.py OUT_FOLDER RESULTS.json [CHUNKS]")
+    out, chunks = Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 16
+    out.mkdir(parents=True, exist_ok=True)
+    files = make_files(out)
+    rows: list[dict] = []
+    with ReferenceLogits(files["F16"][1], out / "scored.txt", chunks=chunks) as reference:
+        for name, (family, path) in files.items():
+            result = reference.result if name == "F16" else reference.compare(path)
+            assert result is not None
+            rows.append(
+                {"name": name, "family": family, "bits_per_weight": tensor_bits(path), **dataclasses.asdict(result), "file": path.name}
+            )
+            kld = "" if result.kld_mean is None else f", KLD {result.kld_mean:.4f}"
+            print(f"{name:16} {rows[-1]['bits_per_weight']:6.3f} bits per weight, perplexity {result.ppl:.3f}{kld}", flush=True)
+    data = {"rows": rows, "chunks": chunks, "seed": SEED, "command": " ".join(sys.argv), "environment": environment()}
+    Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")
+    draw(rows, Path(__file__).resolve().parents[1] / "docs" / "quality")
+    shutil.rmtree(out / "SmolLM2-135M", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

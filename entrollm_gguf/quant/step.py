@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Beyond the paper: a step chosen by rate instead of by range. Each row is quantized with a step that is the same multiple of its own root mean square,
+so that one code serves all rows; what is rare costs bits, and only then."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, map_chunks, n_bits
+
+
+def quantize_step(weights: np.ndarray, kind: EntropyType, threads: int | None = None, *, step: float) -> Quantized:
+    """w ~ scale[row] * q with q = round(w / (step * rms of the row)).
+
+    A row whose largest weight lies beyond the last code gets a wider step. The scale that is stored is the one that fits the codes best (least
+    squares), which takes in what rounding to the middle of an interval loses at low rates.
+
+    Args:
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+        step: in units of the row's root mean square, above 0.
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+        QuantizeError: a row is too large for an f16 scale.
+    """
+    top = (1 << (n_bits(kind) - 1)) - 1
+    n_cols = weights.shape[-1]
+    flat = weights.reshape(-1, n_cols)
+    codes = np.empty(flat.shape, np.int8)
+    scales = np.empty(len(flat), np.float16)
+
+    def part(s: slice) -> None:
+        x = flat[s].astype(np.float32)
+        width = row_steps(x, step, top)
+        q = np.rint(x / np.where(width > 0, width, 1)[:, None])
+        np.clip(q, -top, top, out=q)
+        codes[s] = q
+        energy = np.einsum("ij,ij->i", q, q, dtype=np.float64)
+        fitted = np.einsum("ij,ij->i", q, x, dtype=np.float64) / np.where(energy > 0, energy, 1)
+        with np.errstate(over="ignore"):
+            scales[s] = np.where(energy > 0, fitted, 0)
+        if not np.isfinite(scales[s]).all():
+            raise QuantizeError("the weights are too large for an f16 scale")
+
+    map_chunks(part, len(flat), threads, n_cols)
+    n_slabs = weights.shape[0] if weights.ndim == 3 else 1
+    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, f"step-{step:.4f}")
+
+
+def row_steps(x: np.ndarray, step: float, top: int) -> np.ndarray:
+    """Step of each row of x f32 (n_rows, n_cols), f32: step * rms, or wider so that the largest weight is code `top`.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+    """
+    rms, peak = row_rms(x), np.abs(x).max(axis=1)
+    if not np.isfinite(peak).all():
+        raise NotFiniteError("a weight is NaN or infinite")
+    return np.maximum(np.float32(step) * rms, peak / np.float32(top))
+
+
+def row_rms(x: np.ndarray) -> np.ndarray:
+    """Root mean square of each row of x f32 (n_rows, n_cols), f32."""
+    return np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64) / x.shape[1]).astype(np.float32)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Steps chosen by rate: what theory gives for Gaussian weights, what profiles promise against what the coder takes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from entrollm_gguf import codec
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.convert import budget
+from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.quant import NotFiniteError, profile, quantize_step
+
+EQ8 = EntropyType.EQ8
+
+
+def gaussian(rng, n_rows=512, n_cols=1024):
+    """Rows of very different size, as the scales take them."""
+    return (rng.normal(0, 1, (n_rows, n_cols)) * rng.uniform(0.01, 3, (n_rows, 1))).astype(np.float32)
+
+
+def relative_error(weights, quantized):
+    """Mean over rows of error over energy."""
+    back = quantized.codes * quantized.scales.reshape(-1, 1).astype(np.float64)
+    return float((((back - weights) ** 2).sum(axis=1) / (weights.astype(np.float64) ** 2).sum(axis=1)).mean())
+
+
+@pytest.mark.parametrize("step", [0.05, 0.1, 0.2, 0.4, 0.8])
+def test_gaussian_rows_against_the_bound(rng, step):
+    """A uniform quantizer with an ideal entropy coder is 0.25 bit from the rate-distortion bound at high rates, and less below (Gish and Pierce).
+    Huffman's loss and the container come on top."""
+    weights = gaussian(rng)
+    quantized = quantize_step(weights, EQ8, step=step)
+    error = relative_error(weights, quantized)
+    bound = 0.5 * math.log2(1 / error)  # bits that any code of this error needs
+    encoded = codec.encode(EQ8, quantized.codes, quantized.scales)
+    entropy = encoded.entropy_bits / weights.size
+    assert bound < entropy < bound + 0.26
+    assert encoded.coded_bits / weights.size < bound + 0.26 + 0.11
+    assert error <= step**2 / 12 * 1.01  # the error of a uniform grid
+    assert encoded.payload.size * 8 / weights.size < encoded.coded_bits / weights.size + 0.1
+
+
+def test_scales_fit_the_codes(rng):
+    """At low rates intervals are wide and weights gather at their inner ends: the least-squares scale loses less than the step itself."""
+    weights = gaussian(rng, 64, 4096)
+    step = 1.5
+    quantized = quantize_step(weights, EQ8, step=step)
+    rms = np.sqrt((weights.astype(np.float64) ** 2).mean(axis=1))
+    plain = quantized.codes * (step * rms)[:, None]
+    plain_error = (((plain - weights) ** 2).sum(axis=1) / (weights.astype(np.float64) ** 2).sum(axis=1)).mean()
+    assert relative_error(weights, quantized) < 0.99 * plain_error
+
+
+def test_rows_of_zeros_and_outliers(rng):
+    weights = gaussian(rng, 64, 128)
+    weights[3] = 0
+    weights[5, 7] = 1e4
+    quantized = quantize_step(weights, EQ8, step=0.05)
+    assert (quantized.codes[3] == 0).all() and quantized.scales[0, 3] == 0
+    assert quantized.codes[5, 7] == 127 and abs(float(quantized.scales[0, 5]) * 127 - 1e4) < 20
+    with pytest.raises(NotFiniteError):
+        quantize_step(np.array([[np.nan] * 32] * 2, np.float32), EQ8, step=0.1)
+    with pytest.raises(NotFiniteError):
+        profile(np.array([[np.inf] * 32] * 2, np.float32))
+
+
+@pytest.mark.parametrize("tails", [False, True])
+@pytest.mark.parametrize("step", [0.05, 0.1, 0.25, 0.6, 1.5])
+def test_profiles_foresee_the_size(rng, tails, step):
+    weights = gaussian(rng, 700, 1500 // 32 * 32)
+    if tails:  # a few rows with weights of 10 to 100 times their size
+        weights[::7, ::97] *= rng.uniform(10, 100, weights[::7, ::97].shape)
+    quantized = quantize_step(weights, EQ8, step=step)
+    encoded = codec.encode(EQ8, quantized.codes, quantized.scales)
+    one = profile(weights)
+    assert one.n_weights == weights.size
+    assert one.coded_bits(step) == pytest.approx(encoded.coded_bits, rel=0.004)
+    assert one.n_bytes(step) == pytest.approx(encoded.payload.size, rel=0.004)
+
+
+def test_a_stack_of_matrices(rng):
+    weights = gaussian(rng, 96, 256).reshape(3, 32, 256)
+    quantized = quantize_step(weights, EQ8, step=0.2)
+    assert quantized.scales.shape == (3, 32)
+    encoded = codec.encode(EQ8, quantized.codes, quantized.scales)
+    assert profile(weights).n_bytes(0.2) == pytest.approx(encoded.payload.size, rel=0.03)
+
+
+def test_budgets(rng):
+    survey = budget.Survey({"a": profile(gaussian(rng)), "b": profile(gaussian(rng, 96, 512))}, {"norm": 4096}, {"norm": (1024,)}, 10_000)
+    assert survey.n_weights == 512 * 1024 + 96 * 512 + 1024
+    for bits in (2.5, 4.25, 6.0):
+        target = budget.target_bytes(survey, bits, None)
+        assert target == int(survey.n_weights * bits / 8)
+        step = budget.step_for(survey, target)
+        assert 0.995 * target < survey.tensor_bytes(step) <= target
+    assert budget.target_bytes(survey, None, 300_000) == 290_000
+    # a bit more per weight is half the step, about
+    one, two = (budget.step_for(survey, budget.target_bytes(survey, bits, None)) for bits in (4, 5))
+    assert one / two == pytest.approx(2, rel=0.05)
+    with pytest.raises(ConversionError, match="too small: the tensors that stay"):
+        budget.target_bytes(survey, None, 14_000)
+    with pytest.raises(ConversionError, match="the coarsest step gives"):
+        budget.step_for(survey, 5000)
+    assert budget.corrected(0.2, 1020, 1000, survey) > 0.2 > budget.corrected(0.2, 900, 1000, survey)
