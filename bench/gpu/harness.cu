@@ -93,16 +93,16 @@ static std::vector<float> weights_of(const matrix & m) {
 
 struct vectors {
     device_array<float>   x, y;
-    device_array<uint8_t> memory;
+    device_array<entropy_block> blocks;
     int64_t n_columns;
 
     vectors(const matrix & m, int64_t n_columns, const std::vector<float> & x) :
-        x(x), y(n_columns*m.n_rows), memory(entropy_columns::size(n_columns, m.n_cols)), n_columns(n_columns) {}
+        x(x), y(n_columns*m.n_rows), blocks(entropy_columns::n_blocks(n_columns, m.n_cols)), n_columns(n_columns) {}
 };
 
 template <ggml_type TYPE>
 static void run_mat_vec(const matrix & m, const uint8_t * payload, const vectors & v) {
-    const entropy_columns columns = entropy_columns::at(v.memory.data, v.n_columns, m.n_cols);
+    const entropy_columns columns = { v.blocks.data, v.n_columns, (int) m.n_cols };
     entropy_launch_quantize<TYPE>(gpu_launcher(), { { payload, payload }, { v.x.data, v.n_columns, 1, m.n_cols, 0, 0 }, columns });
     entropy_mat_vec_args args = {};
     args.payload[0] = payload;

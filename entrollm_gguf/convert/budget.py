@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """How much a file may take: one step for all matrices, in units of each row's root mean square, such that the whole comes out just below a target.
 
-One relative step everywhere gives every row the same relative error. Sizes come from profiles (`quant.profile`), that is from histograms: no matrix is
+One relative step everywhere gives every row the same relative error; FACTORS tells which kinds of tensors take a finer or coarser one. Sizes come from profiles (`quant.profile`), that is from histograms: no matrix is
 quantized to find the step.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from entrollm_gguf.errors import ConversionError
@@ -15,6 +16,14 @@ from entrollm_gguf.quant.profile import Profile
 
 # Steps beyond have no use: at 0.02 an 8-bit code covers 2.5 rms, at 6 nearly all codes are zero.
 FINEST, _COARSEST = 0.02, 6.0
+
+#: (pattern of the GGUF name, factor of the step); the first that is found counts. Chosen by measurement: docs/quantization.md.
+FACTORS: tuple[tuple[str, float], ...] = ()
+
+
+def step_factor(name: str) -> float:
+    """What the model's step is multiplied by for a tensor."""
+    return next((factor for pattern, factor in FACTORS if re.search(pattern, name)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Survey:
 
     def tensor_bytes(self, step: float, tile_cols: int | None = None) -> int:
         """Expected bytes of all tensors."""
-        return sum(self.kept.values()) + sum(one.n_bytes(step, tile_cols) for one in self.profiles.values())
+        return sum(self.kept.values()) + sum(one.n_bytes(step * step_factor(name), tile_cols) for name, one in self.profiles.items())
 
 
 def target_bytes(survey: Survey, bits: float | None, size: int | None) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 
 from entrollm_gguf import __version__
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.budget import FINEST, Survey, corrected, step_for, target_bytes
+from entrollm_gguf.convert.budget import FINEST, Survey, corrected, step_factor, step_for, target_bytes
 from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
@@ -154,8 +154,8 @@ def convert_model(
             source = SourceModel(Path(model_dir), temporary)
             spill = SpillFile(out.parent)
             try:
-                quantizer = QUANTIZERS[chosen.quantizer] if survey is None else functools.partial(quantize_step, step=step)
-                parts = _encode_all(source, spill, chosen, quantizer, threads, tile_cols, progress)
+                quantizers = _quantizers(chosen, step)
+                parts = _encode_all(source, spill, chosen, quantizers, threads, tile_cols, progress)
                 actual = sum(part.size for part in parts)
                 if survey is not None and not 0.99 * target <= actual <= target and attempt + 1 < _ATTEMPTS and step > FINEST:
                     step = max(FINEST, corrected(step, actual, target, survey))
@@ -174,6 +174,13 @@ def convert_model(
                 spill.close()
         n_bytes = temporary.stat().st_size
     return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started)
+
+
+def _quantizers(recipe: Recipe, step: float) -> Callable[[str], Quantizer]:
+    """The quantizer of each tensor, by GGUF name."""
+    if recipe is RATE:
+        return lambda name: functools.partial(quantize_step, step=step * step_factor(name))
+    return lambda name: QUANTIZERS[recipe.quantizer]
 
 
 def plan_model(
@@ -197,7 +204,10 @@ def plan_model(
     with tempfile.TemporaryDirectory() as folder:
         survey = survey_model(model_dir, Path(folder) / "header.gguf", threads=threads, progress=progress)
     step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
-    planned = [PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step, tile_cols)) for name, one in survey.profiles.items()]
+    planned = [
+        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * step_factor(name), tile_cols))
+        for name, one in survey.profiles.items()
+    ]
     planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]
     n_bytes = sum(one.n_bytes for one in planned)
     return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)
@@ -312,7 +322,7 @@ def _encode_all(
     source: SourceModel,
     spill: SpillFile,
     recipe: Recipe,
-    quantizer: Quantizer,
+    quantizers: Callable[[str], Quantizer],
     threads: int | None,
     tile_cols: int | None,
     progress: Progress | None,
@@ -355,7 +365,7 @@ def _encode_all(
                 finish_one()
             # a tensor that is alone gets all threads, one of many gets one
             inner = n_threads if n_weights > MAX_WEIGHTS_IN_FLIGHT else 1
-            work = functools.partial(_finish_tensor, name, evaluate(data), raw_dtype, recipe, quantizer, inner, tile_cols, stop)
+            work = functools.partial(_finish_tensor, name, evaluate(data), raw_dtype, recipe, quantizers(name), inner, tile_cols, stop)
             jobs.append(_Job(pool.submit(work), n_weights))
             in_flight += n_weights
 

@@ -98,12 +98,12 @@ template <ggml_type TYPE>
 static void mat_vec(const shape & s, const run_options & o, const uint8_t * payload, const mat_vec_call & c) {
     const entropy_tuning tuning = tuning_of(o);
     const int64_t n_columns = c.n1*c.n2;
-    std::vector<int4> memory(entropy_columns::size(n_columns, s.n_cols)/sizeof(int4) + 1);
-    const entropy_columns columns = entropy_columns::at(memory.data(), n_columns, s.n_cols);
+    std::vector<entropy_block> blocks(entropy_columns::n_blocks(n_columns, s.n_cols));
+    const entropy_columns columns = { blocks.data(), n_columns, (int) s.n_cols };
     const int64_t n_y1 = c.ids != nullptr ? c.n_slots : c.n1;
     allow(payload, s.slab_stride*s.n_slabs);
     allow(c.x, n_columns*s.n_cols*4);
-    allow(memory.data(), memory.size()*sizeof(int4));
+    allow(blocks.data(), blocks.size()*sizeof(entropy_block));
     if (c.ids != nullptr) {
         allow(c.ids, c.n_slots*c.n2*4);
     }

@@ -34,14 +34,15 @@
 #define __global__
 #define __launch_bounds__(...)
 
-struct uint4 { uint32_t x, y, z, w; };
-struct int4  { int32_t  x, y, z, w; };
-struct int2  { int32_t  x, y; };
-struct uint2 { uint32_t x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) int4  { int32_t  x, y, z, w; };
+struct alignas(8) int2  { int32_t  x, y; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return { x, y, z, w }; }
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return { x, y }; }
 static inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
+static inline int4  make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return { x, y, z, w }; }
 static inline int2  make_int2(int32_t x, int32_t y) { return { x, y }; }
 
 struct dim3 {

@@ -92,7 +92,7 @@ static void mat_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_ten
     const ggml_tensor * x   = dst->src[1];
     const ggml_tensor * ids = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
     const stream_launcher launcher = { ctx.stream() };
-    ggml_cuda_pool_alloc<int4> memory(ctx.pool(), entropy_columns::size(ggml_nrows(x), x->ne[0])/sizeof(int4) + 1);
+    ggml_cuda_pool_alloc<entropy_block> blocks(ctx.pool(), entropy_columns::n_blocks(ggml_nrows(x), x->ne[0]));
 
     entropy_mat_vec_args args = {};
     int64_t n_rows[2] = { 0, 0 };
@@ -113,7 +113,7 @@ static void mat_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_ten
             n_rows[i] = w->ne[1];
         }
     }
-    args.columns = entropy_columns::at(memory.get(), ggml_nrows(x), x->ne[0]);
+    args.columns = { blocks.get(), ggml_nrows(x), (int) x->ne[0] };
     entropy_launch_quantize<TYPE>(launcher, { { args.payload[0], args.payload[1] }, source_of(x), args.columns });
 
     const ggml_tensor * w = dst->src[0];

@@ -52,12 +52,16 @@ struct entropy_ring {
     const uint32_t * full;      // what this thread copies next of the full rows
     const uint32_t * words;     // of the tile
     const uint32_t * tail;      // start of the next ragged row
+    static constexpr uint32_t size    = ENTROPY_RING_ROWS*32;
+    // a code has at most 15 bits, and a window reads up to two words behind the one it begins in
+    static constexpr int32_t  n_ahead = 32*ENTROPY_MAX_T + 2*32;
     uint32_t length;
     // Rows are counted in bits of a lane, 32 a row, so that positions compare with them.
+    uint32_t lane_end;          // of this thread's lane
     uint32_t full_end;          // of the rows that every lane has, a multiple of 4 rows
     uint32_t end;               // of the longest lane
-    uint32_t asked  = 0;        // end of the rows that were asked for
-    uint32_t landed = 0;        // and of those that have come, as far as anyone waited
+    uint32_t asked = 0;         // end of the rows that were asked for
+    int32_t  ready = -n_ahead;  // positions up to here find all words of the next 32 codes in the ring
 
     ENTROPY_MEMBER entropy_ring(const entropy_tile & tile, uint32_t base, int n_lanes) : base(base), words(tile.words), length(tile.length) {
         const int lane = lane_id();
@@ -66,18 +70,19 @@ struct entropy_ring {
         to_full   = keep(async_base() + base + lane*16);
         to_tail   = keep(async_base() + base + lane*4);
         below     = keep((1u << lane) - 1);
+        lane_end  = length*32;
         full_end  = (warp_min(length) & ~3u)*32;
         end       = warp_max(length)*32;
         full      = words + lane*4;
         tail      = words + full_end/32*ENTROPY_LANES;
     }
 
-    static constexpr uint32_t size = ENTROPY_RING_ROWS*32;
 
-    // Copy what there is room for. A lane that is at a position has read all rows before it.
-    ENTROPY_MEMBER void ask(uint32_t position) {
+    // Copy what stands before limit, as far as there is anything.
+    ENTROPY_MEMBER void ask(uint32_t limit) {
+        const uint32_t full_limit = limit < full_end ? limit : full_end;
         ENTROPY_NOUNROLL
-        for (; asked < full_end && warp_all(asked + 4*32 <= position + size); asked += 4*32) {
+        for (; asked + 4*32 <= full_limit; asked += 4*32) {
             const uint32_t row = asked % size;
             const uint32_t to  = multiply_add(row, ENTROPY_ROW_SIZE/32, to_full);
             async_copy<16>(to, full);
@@ -88,9 +93,10 @@ struct entropy_ring {
         if (asked < full_end) {
             return;
         }
+        limit = limit < end ? limit : end;
         ENTROPY_NOUNROLL
-        for (; asked < end && warp_all(asked + 32 <= position + size); asked += 32) {
-            const bool     mine = asked/32 < length;
+        for (; asked + 32 <= limit; asked += 32) {
+            const bool     mine = asked < lane_end;
             const uint32_t mask = warp_ballot(mine);
             const uint32_t row  = asked % size;
             const uint32_t to   = multiply_add(row, ENTROPY_ROW_SIZE/32, to_tail);
@@ -103,22 +109,21 @@ struct entropy_ring {
 
     // Make the words of the next 32 codes ready. False if the lanes have drifted too far apart.
     ENTROPY_MEMBER bool advance(uint32_t position) {
-        // a code has at most 15 bits, and a window reads up to two words behind the one it begins in
-        constexpr uint32_t n_ahead = 32*ENTROPY_MAX_T + 2*32;
         position &= 0xFFFF;
         const uint32_t before = asked;
-        ask(position & ~31u);
+        // A lane that is at a position has read all rows before it. Rows begin at multiples of 32, so the position need not be rounded.
+        ask(warp_min(position) + size);
         if (asked != before) {
             async_commit();
             async_wait<1>(); // all but what was asked for just now
-            landed = before;
+            ready = (int32_t) before - n_ahead;
         }
-        if (landed < end && warp_any(position + n_ahead > landed)) {
-            if (asked < end && warp_any(position + n_ahead > asked)) {
+        if (warp_any((int32_t) position > ready)) {
+            if (asked < end && warp_any((int32_t) position > (int32_t) asked - n_ahead)) {
                 return false;
             }
             async_wait<0>();
-            landed = asked;
+            ready = asked < end ? (int32_t) asked - n_ahead : INT32_MAX; // behind the end nothing is waited for
         }
         warp_sync(); // what one thread copied all may read
         return true;

@@ -15,29 +15,30 @@
 
 #include "entropy-decode.cuh"
 
-// Columns of src1 as the kernel reads them.
-//   codes: int8 [n_terms][n_columns][n_cols]; EQ4 wants the even columns of eight first, then the odd ones, as nibbles come
-//   units: int2 [n_terms][n_columns][n_cols/32]; scale (float bits) and -zero * (sum of the unit's codes)
+// 32 activations as the kernel reads them: three loads of 16 bytes. EQ4 wants the even columns of eight first, then the odd ones, as nibbles come.
+struct alignas(16) entropy_block {
+    float   scale;
+    int32_t start;     // -zero * (sum of the codes)
+    int32_t unused[2];
+    int8_t  codes[32];
+};
+
+static_assert(sizeof(entropy_block) == 48, "three times 16 bytes");
+
+// Columns of src1: blocks [n_terms][n_columns][n_cols/32].
 struct entropy_columns {
-    int8_t * codes;
-    int2   * units;
-    int64_t  n_columns;
-    int      n_cols;
+    entropy_block * blocks;
+    int64_t n_columns;
+    int     n_cols;
 
     static constexpr int n_terms = 2;
 
-    // bytes of both arrays, one behind the other
-    static size_t size(int64_t n_columns, int64_t n_cols) {
-        return n_terms*n_columns*(n_cols + n_cols/32*sizeof(int2));
+    static size_t n_blocks(int64_t n_columns, int64_t n_cols) {
+        return n_terms*n_columns*(n_cols/32);
     }
 
-    static entropy_columns at(void * memory, int64_t n_columns, int64_t n_cols) {
-        int8_t * codes = (int8_t *) memory;
-        return { codes, (int2 *) (codes + n_terms*n_columns*n_cols), n_columns, (int) n_cols };
-    }
-
-    ENTROPY_MEMBER int64_t index(int term, int64_t column) const {
-        return term*n_columns + column;
+    ENTROPY_MEMBER entropy_block * column(int term, int64_t i) const {
+        return blocks + (term*n_columns + i)*(n_cols/32);
     }
 };
 
@@ -81,10 +82,10 @@ __global__ void entropy_quantize_columns(const entropy_quantize_args args) {
         const float   scale   = largest/127.0f;
         const int32_t code    = scale > 0.0f ? round_to_int(x/scale) : 0;
         const int32_t sum     = warp_sum(code);
-        const int64_t i       = args.columns.index(term, column);
-        global_store(args.columns.codes + i*args.columns.n_cols + unit*32 + place, (int8_t) code);
+        entropy_block * block = args.columns.column(term, column) + unit;
+        global_store(block->codes + place, (int8_t) code);
         if (lane == 0) {
-            global_store(args.columns.units + i*n_units + unit, make_int2((int) float_bits(scale), -entropy_traits<TYPE>::zero*sum));
+            global_store((int4 *) block, make_int4((int) float_bits(scale), -entropy_traits<TYPE>::zero*sum, 0, 0));
         }
         x = add(x, -multiply(scale, (float) code));
     }
@@ -111,17 +112,15 @@ struct entropy_mat_vec_args {
 // What a warp adds up over its slices: for each column of its lane's row the dot product and, with offsets, the sum of the column.
 template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
 struct entropy_dot {
-    const int8_t * codes; // of the first column
-    const int2   * units;
-    const int8_t * next_codes; // of the unit that comes
-    const int2   * next_units;
-    int64_t stride;       // from term to term, in columns
-    int     n_cols;
+    const entropy_block * first; // of the first column
+    const entropy_block * next;  // the block that comes
+    int64_t term_stride;         // in blocks
+    int     column_stride;
     float   dot[N_COLUMNS];
     float   sum[N_COLUMNS]; // times -zero
 
     ENTROPY_MEMBER entropy_dot(const entropy_columns & x, int64_t column0) :
-            codes(x.codes + column0*x.n_cols), units(x.units + column0*(x.n_cols/32)), stride(x.n_columns), n_cols(x.n_cols) {
+            first(x.column(0, column0)), next(nullptr), term_stride(x.n_columns*(x.n_cols/32)), column_stride(x.n_cols/32) {
         ENTROPY_UNROLL
         for (int c = 0; c < N_COLUMNS; c++) {
             dot[c] = sum[c] = 0.0f;
@@ -129,8 +128,7 @@ struct entropy_dot {
     }
 
     ENTROPY_MEMBER void begin(int col, int) {
-        next_codes = codes + col;
-        next_units = units + col/32;
+        next = first + col/32;
     }
 
     ENTROPY_MEMBER void take(const uint32_t (&symbols)[entropy_traits<TYPE>::unit_words]) {
@@ -139,11 +137,10 @@ struct entropy_dot {
             ENTROPY_UNROLL
             for (int c = 0; c < N_COLUMNS; c++) {
                 // all lanes read the same: one broadcast from the L1 cache
-                const int64_t i    = term*stride + c;
-                const int4  * from = (const int4 *) (next_codes + i*n_cols);
-                const int2    unit = global_load(next_units + i*(n_cols/32));
-                const int4    a    = global_load(from);
-                const int4    b    = global_load(from + 1);
+                const int4 * block = (const int4 *) (next + term*term_stride + c*column_stride);
+                const int2   unit  = global_load((const int2 *) block);
+                const int4   a     = global_load(block + 1);
+                const int4   b     = global_load(block + 2);
                 int32_t p = unit.y;
                 if constexpr (TYPE == GGML_TYPE_EQ8) {
                     p = dot_u8_s8(symbols[0], a.x, p);
@@ -171,8 +168,7 @@ struct entropy_dot {
                 }
             }
         }
-        next_codes += 32;
-        next_units += 1;
+        next++;
     }
 };
 
