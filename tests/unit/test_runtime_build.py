@@ -8,6 +8,7 @@ import os
 import subprocess
 import tarfile
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,27 @@ def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ENTROLLM_SDIST", str(tmp_path / "none"))
     with pytest.raises(FetchError, match="no such file"):
         fetch.fetch_sdist(PIN)
+
+
+def test_several_processes_fetch_the_same_files(tmp_path, monkeypatch):
+    """As test workers do on a fresh machine: one downloads, the others wait for it."""
+    wheel = tmp_path / "some_files-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_files/model.bin", b"weights")
+        archive.writestr("other/readme", b"no")
+        archive.writestr("some_files-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-files\nVersion: 1.0\n")
+        archive.writestr("some_files-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("some_files-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    target = tmp_path / "cache" / "files"
+    sha256 = fetch.sha256_of(wheel)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: fetch.fetch_from_wheel("some-files==1.0", sha256, "some_files/", target), range(4)))
+    assert done == [target] * 4
+    assert [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()] == ["some_files/model.bin"]
+    with pytest.raises(FetchError, match="cannot download"):
+        fetch.fetch_from_wheel("some-files==1.0", "0" * 64, "some_files/", tmp_path / "cache" / "again")
 
 
 def test_no_network_is_one_line_with_the_remedy(tmp_path, monkeypatch):
