@@ -1,29 +1,69 @@
 # SPDX-License-Identifier: MIT
-"""How much a file may take: one step for all matrices, in units of each row's root mean square, such that the whole comes out just below a target.
+"""How much a file may take: one number from which the steps of all matrices follow, such that the whole comes out just below a target.
 
-One relative step everywhere gives every row the same relative error; FACTORS tells which kinds of tensors take a finer or coarser one. Sizes come from profiles (`quant.profile`), that is from histograms: no matrix is
-quantized to find the step.
+Without statistics every row has the same step in units of its own root mean square, so that all have the same relative error. With them rows and tensors differ by how much the predictions hang on them (`sensitivity`).
+Sizes come from profiles (`quant.profile`), that is from histograms: no matrix is quantized to find the step.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from entrollm_gguf.calibrate.statistics import TensorStatistics
 from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.quant.fold import Folding
 from entrollm_gguf.quant.profile import Profile
+from entrollm_gguf.quant.step import row_rms
 
 # Steps beyond have no use: at 0.02 an 8-bit code covers 2.5 rms, at 6 nearly all codes are zero.
 FINEST, _COARSEST = 0.02, 6.0
 
-#: (pattern of the GGUF name, factor of the step); the first that is found counts. Chosen by measurement: docs/quantization.md.
-FACTORS: tuple[tuple[str, float], ...] = ()
+# How far sensitivity is believed, by measurement (docs/quantization.md): between the rows of a tensor wholly, between tensors by half.
+_BETWEEN_ROWS, _BETWEEN_TENSORS = 1.0, 0.5
+_LARGEST = 8.0  # row factors lie within 1 / _LARGEST .. _LARGEST
 
 
-def step_factor(name: str) -> float:
-    """What the model's step is multiplied by for a tensor."""
-    return next((factor for pattern, factor in FACTORS if re.search(pattern, name)), 1.0)
+@dataclass(frozen=True)
+class Sensitivity:
+    """How the steps of a tensor differ from the model's."""
+
+    factor: float  # before `Survey` relates it to the others'
+    row_factors: np.ndarray  # f32 (n_slabs, n_rows)
+
+
+def sensitivity(name: str, weights: np.ndarray, statistics: TensorStatistics | None, folding: Folding) -> Sensitivity | None:
+    """From the gradients by the outputs and the mean squares of the inputs: what a relative error of each row costs.
+
+    A step s costs rows * columns * s^2 / 12 for each weight, and log2(1 / s) bits: at the best place for every bit all these costs are the same, whence s ~ (rows * columns)^-1/2.
+
+    Args:
+        weights: as quantized, that is folded.
+        statistics: of the tensor before folding.
+    Returns:
+        None where there are no gradients.
+    """
+    if statistics is None or statistics.rows is None:
+        return None
+    columns, rows = statistics.columns.astype(np.float64), statistics.rows.astype(np.float64)
+    if name in folding.columns:
+        columns = columns / np.square(folding.columns[name], dtype=np.float64)
+    if name in folding.rows:
+        rows = rows * np.square(folding.rows[name], dtype=np.float64)
+    rms = row_rms(weights.reshape(-1, weights.shape[-1]).astype(np.float32)).reshape(rows.shape)
+    cost = rows * columns.mean(axis=1, keepdims=True) * np.square(rms, dtype=np.float64)
+    mean = cost.mean()
+    if not mean > 0:
+        return None
+    cost = np.where(cost.any(axis=1, keepdims=True), cost, mean)  # an expert that no token came to is like the others
+    if name.startswith(("token_embd.", "output.")):  # words that a text does not mention must not lose
+        factors = np.ones(rows.shape)
+    else:
+        factors = np.clip((np.maximum(cost, mean * 1e-9) / mean) ** (-0.5 * _BETWEEN_ROWS), 1 / _LARGEST, _LARGEST)
+    return Sensitivity(float(mean ** (-0.5 * _BETWEEN_TENSORS)), factors.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -34,15 +74,25 @@ class Survey:
     kept: dict[str, int]  # bytes of the tensors that stay in a stock type
     kept_shapes: dict[str, tuple[int, ...]]  # of the same, numpy order
     metadata_bytes: int  # everything in the file that is not a tensor's data
+    sensitivities: dict[str, Sensitivity] = field(default_factory=dict)  # by GGUF name; some or all may have none
 
     @property
     def n_weights(self) -> int:
         """Weights of all tensors."""
         return sum(math.prod(shape) for shape in self.kept_shapes.values()) + sum(one.n_weights for one in self.profiles.values())
 
+    def factor(self, name: str) -> float:
+        """What the model's step is multiplied by for a tensor. On average, in logarithms and by weights, it is 1."""
+        return self.sensitivities[name].factor / self._mean_factor if name in self.sensitivities else 1.0
+
+    @functools.cached_property
+    def _mean_factor(self) -> float:
+        pairs = [(self.profiles[name].n_weights, math.log(one.factor)) for name, one in self.sensitivities.items()]
+        return math.exp(sum(n * log for n, log in pairs) / sum(n for n, _ in pairs))
+
     def tensor_bytes(self, step: float, tile_cols: int | None = None) -> int:
         """Expected bytes of all tensors."""
-        return sum(self.kept.values()) + sum(one.n_bytes(step * step_factor(name), tile_cols) for name, one in self.profiles.items())
+        return sum(self.kept.values()) + sum(one.n_bytes(step * self.factor(name), tile_cols) for name, one in self.profiles.items())
 
 
 def target_bytes(survey: Survey, bits: float | None, size: int | None) -> int:
@@ -80,7 +130,13 @@ def step_for(survey: Survey, target: int, tile_cols: int | None = None) -> float
     return coarse
 
 
-def corrected(step: float, actual: int, target: int, survey: Survey) -> float:
-    """The next step to try after `actual` bytes came out: a bit per weight is a factor of two."""
+def corrected(tried: list[tuple[float, int]], target: int, survey: Survey) -> float:
+    """The next step after conversions with some steps gave some sizes in bytes: between two that lie on both sides of the target, else from the last, for which a bit per weight is a factor of two."""
+    wanted = 0.997 * target
+    above, below = [one for one in tried if one[1] > wanted], [one for one in tried if one[1] <= wanted]
+    if above and below:
+        (fine, large), (coarse, small) = min(above, key=lambda one: one[1]), max(below, key=lambda one: one[1])
+        return fine * (coarse / fine) ** ((large - wanted) / (large - small))
+    step, actual = tried[-1]
     n_coded = sum(one.n_weights for one in survey.profiles.values())
-    return step * 2 ** (8 * (actual - 0.998 * target) / n_coded)
+    return step * 2 ** (8 * (actual - wanted) / n_coded)

@@ -43,7 +43,7 @@ class SizeType(click.ParamType):
 @click.command(
     epilog=f"\b\nRecipes:\n{_RECIPE_HELP}\n\b\nExamples:\n  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf\n"
     "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --recipe EQ8-paper\n"
-    "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --bits 4.25\n"
+    "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --bits 4.25 --calibration some-text.txt\n"
     "  entrollm convert ./SmolLM2-135M-Instruct --size 80MB --dry-run\n"
 )
 @click.argument("model_dir", type=click.Path(path_type=Path), required=False)
@@ -51,7 +51,15 @@ class SizeType(click.ParamType):
 @click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, metavar="NAME", help="How weights are quantized; see below.")
 @click.option("--bits", type=click.FloatRange(1, 8), help="Bits per weight of all tensors together; the step is chosen for it, from below.")
 @click.option("--size", type=SizeType(), help="The same by the size of the whole file: bytes, or with a unit as in 80MB, 1.5GiB.")
-@click.option("--dry-run", is_flag=True, help="With --bits or --size: print what each tensor would take, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="With --bits, --size or a recipe with bits: print what each tensor would take, and write nothing.")
+@click.option(
+    "--calibration",
+    metavar="TEXT|self",
+    help="A text file for the model to read, or `self` for text that the model writes: tells which weights matter. Takes minutes.",
+)
+@click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix of llama-imatrix, instead of --calibration; quicker, helps less.")
+@click.option("--sequences", type=click.IntRange(min=1), default=40, show_default=True, help="Sequences of 512 tokens for --calibration.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random in --calibration.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 @click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a decoding tile, a multiple of 32; by default by size.")
 @click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
@@ -65,6 +73,10 @@ def convert(
     bits: float | None,
     size: int | None,
     dry_run: bool,
+    calibration: str | None,
+    imatrix: Path | None,
+    sequences: int,
+    seed: int,
     threads: int | None,
     tile_cols: int | None,
     force: bool,
@@ -91,8 +103,15 @@ def convert(
         raise click.UsageError("MODEL_DIR and OUT_FILE are needed; see --help")
     if bits is not None and size is not None:
         raise click.UsageError("give --bits or --size, not both")
-    if dry_run and bits is None and size is None:
-        raise click.UsageError("--dry-run plans for --bits or --size; give one")
+    if calibration is not None and imatrix is not None:
+        raise click.UsageError("give --calibration or --imatrix, not both")
+    known = None
+    if calibration is not None or imatrix is not None:
+        from entrollm_gguf.convert.rate import Calibration
+
+        own = calibration == "self"
+        text = None if own or calibration is None else Path(calibration)
+        known = Calibration(text=text, own_text=own, imatrix=imatrix, n_sequences=sequences, seed=seed)
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -100,12 +119,15 @@ def convert(
         task = bar.add_task("reading", total=None)
 
         def on_progress(done: int, total: int, name: str) -> None:
+            if name.endswith("(sequences)"):  # calibration counts them, not weights
+                bar.update(task, completed=done, total=total, description=name)
+                return
             # tied or fused tensors can make the sum differ from the checkpoint's
             million = 1_000_000
             bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
 
         if dry_run or out_file is None:
-            plan = pipeline.plan_model(model_dir, bits=bits, size=size, threads=threads, tile_cols=tile_cols, progress=on_progress)
+            plan = pipeline.plan_model(model_dir, bits=bits, size=size, recipe=recipe, threads=threads, tile_cols=tile_cols, calibration=known, progress=on_progress)
         else:
             report = pipeline.convert_model(
                 model_dir,
@@ -115,6 +137,7 @@ def convert(
                 size=size,
                 threads=threads,
                 tile_cols=tile_cols,
+                calibration=known,
                 force=force,
                 progress=on_progress,
             )

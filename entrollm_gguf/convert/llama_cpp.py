@@ -117,6 +117,53 @@ class SourceModel:
         finally:
             del writer.add_tensor
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor under its GGUF name, numpy order; no weights are read. The model cannot be used again."""
+        found: dict[str, tuple[int, ...]] = {}
+        self.each_tensor(lambda name, data, _: found.__setitem__(name, tuple(data.shape)))
+        return found
+
+    def rearranged(self, values: dict[str, np.ndarray], handle: Callable[[str, np.ndarray], None]) -> None:
+        """What the converter class does to the order of rows and columns, applied to numbers that stand in for the weights.
+
+        Args:
+            values: by the checkpoint's name, f32 that broadcasts to the weight's shape. All else is NaN.
+            handle: called with the GGUF name and an f32 array of the tensor's shape. The model cannot be used again.
+        Raises:
+            ConversionError: as each_tensor.
+        """
+        import torch
+
+        lazy = _import_conversion().LazyTorchTensor
+        nothing = np.full((1,), np.nan, np.float32)
+
+        def stand_in(name: str, shape: tuple[int, ...]) -> Callable[[], Any]:
+            given = values.get(name)
+            fits = given is not None and len(shape) == 2 and all(n in (1, m) for n, m in zip(given.shape, shape, strict=True))
+            return lambda: lazy.from_eager(torch.from_numpy(given if fits else nothing).expand(shape))
+
+        tensors = self._model.model_tensors
+        self._model.model_tensors = {name: stand_in(name, tuple(generate().shape)) for name, generate in tensors.items()}
+
+        def evaluated(name: str, data: Any, _: int | None) -> None:
+            array = evaluate(data)
+            if array.dtype in (np.float16, np.float32):
+                handle(name, array)
+
+        self.each_tensor(evaluated)
+
+    @property
+    def architecture(self) -> str:
+        """general.architecture of the GGUF, "llama"."""
+        return self._gguf.MODEL_ARCH_NAMES[self._model.model_arch]
+
+    def heads(self) -> tuple[int, int] | None:
+        """Query heads and key-value heads of every layer, or None if they are not the same in all or not told."""
+        hparams = self._model.hparams
+        n = hparams.get("num_attention_heads")
+        n_kv = hparams.get("num_key_value_heads", n)
+        return (n, n_kv) if isinstance(n, int) and isinstance(n_kv, int) and n_kv > 0 and n % n_kv == 0 else None
+
     def add_tensor(self, name: str, tensor: Any, raw_shape: tuple[int, ...], raw_dtype: int) -> None:
         """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile. raw_shape counts bytes where dtype is uint8."""
         self._model.gguf_writer.add_tensor(name, tensor, raw_shape=raw_shape, raw_dtype=raw_dtype)

@@ -24,25 +24,24 @@ from typing import Any
 
 import numpy as np
 
-from entrollm_gguf import __version__
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.budget import FINEST, Survey, corrected, step_factor, step_for, target_bytes
-from entrollm_gguf.convert.eligibility import reason_to_keep
-from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
+from entrollm_gguf.convert.budget import FINEST, corrected, step_for, target_bytes
+from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
+from entrollm_gguf.convert.rate import Calibration, metadata, prepare, quantizers, survey_model
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RATE, Recipe, find_recipe
+from entrollm_gguf.convert.tensor import finish_tensor
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
-from entrollm_gguf.quant import QUANTIZERS, NotFiniteError, Profile, Quantizer, profile, quantize_step
+from entrollm_gguf.quant import QUANTIZERS, Quantizer
+from entrollm_gguf.quant.fold import Folding
 
 # Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
 MAX_WEIGHTS_IN_FLIGHT = 32_000_000
 
-FORMAT_VERSION = 1
-
 # Conversions until a size is met: the first step comes from histograms and is right to some tenths of a percent.
-_ATTEMPTS = 4
+_ATTEMPTS = 6
 
 Progress = Callable[[int, int, str], None]  # weights done, weights in all, name of the tensor
 
@@ -119,6 +118,7 @@ def convert_model(
     size: int | None = None,
     threads: int | None = None,
     tile_cols: int | None = None,
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -132,6 +132,7 @@ def convert_model(
         size: bytes of the whole file, the same way.
         threads: None for all cores.
         tile_cols: columns of a tile (docs/format.md 7); None for the default.
+        calibration: where to learn which weights matter; for recipes with bits, or for bits and size.
         force: replace an existing output.
         progress: called after each tensor.
     Raises:
@@ -141,24 +142,28 @@ def convert_model(
         RuntimeMissingError: the patched runtime is not installed.
     """
     started = time.monotonic()
-    chosen = find_recipe(recipe) if bits is None and size is None else RATE
+    chosen, bits = _choose(recipe, bits, size, calibration)
     out = Path(out_path)
     _check_arguments(bits, size, tile_cols)
     check_output(out, force)
     check_weight_files(Path(model_dir))
     with atomic_output(out, force) as temporary:
-        survey = None if chosen is not RATE else survey_model(model_dir, temporary, threads=threads, progress=progress)
+        basis = prepare(Path(model_dir), calibration, temporary, progress)
+        by_rate = chosen.quantizer == RATE.quantizer
+        survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress) if by_rate else None
         target = 0 if survey is None else target_bytes(survey, bits, size)
         step = 0.0 if survey is None else step_for(survey, target, tile_cols)
+        tried: list[tuple[float, int]] = []
         for attempt in range(_ATTEMPTS):
             source = SourceModel(Path(model_dir), temporary)
             spill = SpillFile(out.parent)
             try:
-                quantizers = _quantizers(chosen, step)
-                parts = _encode_all(source, spill, chosen, quantizers, threads, tile_cols, progress)
+                find = (lambda name: QUANTIZERS[chosen.quantizer]) if survey is None else quantizers(survey, basis, step)
+                parts = _encode_all(source, spill, chosen, find, basis.folding, threads, tile_cols, progress)
                 actual = sum(part.size for part in parts)
                 if survey is not None and not 0.99 * target <= actual <= target and attempt + 1 < _ATTEMPTS and step > FINEST:
-                    step = max(FINEST, corrected(step, actual, target, survey))
+                    tried.append((step, actual))
+                    step = max(FINEST, corrected(tried, target, survey))
                     continue
                 if survey is not None and actual > target:
                     raise ConversionError(f"no step was found for this size: {actual} bytes came out for {target}; ask for a little more")
@@ -168,7 +173,7 @@ def convert_model(
                 records = tuple(part.record for part in parts)
                 gguf = import_gguf()
                 file_type = gguf.LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
-                source.write_file(_metadata(chosen, records), file_type, temporary)
+                source.write_file(metadata(chosen, records, basis), file_type, temporary)
                 break
             finally:
                 spill.close()
@@ -176,20 +181,15 @@ def convert_model(
     return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started)
 
 
-def _quantizers(recipe: Recipe, step: float) -> Callable[[str], Quantizer]:
-    """The quantizer of each tensor, by GGUF name."""
-    if recipe is RATE:
-        return lambda name: functools.partial(quantize_step, step=step * step_factor(name))
-    return lambda name: QUANTIZERS[recipe.quantizer]
-
-
 def plan_model(
     model_dir: str | Path,
     *,
     bits: float | None = None,
     size: int | None = None,
+    recipe: str = DEFAULT_RECIPE,
     threads: int | None = None,
     tile_cols: int | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What `convert_model` with the same arguments would make; writes nothing.
@@ -197,20 +197,33 @@ def plan_model(
     Raises:
         ConversionError, UnsupportedModelError: as convert_model.
     """
+    chosen, bits = _choose(recipe, bits, size, calibration)
+    if chosen.quantizer != RATE.quantizer:
+        raise ConversionError(f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits")
     _check_arguments(bits, size, tile_cols)
-    if bits is None and size is None:
-        raise ConversionError("a plan needs bits or size")
     check_weight_files(Path(model_dir))
     with tempfile.TemporaryDirectory() as folder:
-        survey = survey_model(model_dir, Path(folder) / "header.gguf", threads=threads, progress=progress)
+        scratch = Path(folder) / "header.gguf"
+        basis = prepare(Path(model_dir), calibration, scratch, progress)
+        survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
     step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
     planned = [
-        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * step_factor(name), tile_cols))
+        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * survey.factor(name), tile_cols))
         for name, one in survey.profiles.items()
     ]
     planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]
     n_bytes = sum(one.n_bytes for one in planned)
     return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)
+
+
+def _choose(recipe: str, bits: float | None, size: int | None, calibration: Calibration | None) -> tuple[Recipe, float | None]:
+    """The recipe, and its bits where neither bits nor size is given."""
+    if bits is not None or size is not None:
+        return RATE, bits
+    chosen = find_recipe(recipe)
+    if calibration is not None and chosen.bits is None:
+        raise ConversionError(f"{chosen.name} has a fixed grid and no use for calibration; it is for --bits, --size and recipes with bits")
+    return chosen, chosen.bits_for(calibration is not None)
 
 
 def _check_arguments(bits: float | None, size: int | None, tile_cols: int | None) -> None:
@@ -220,63 +233,6 @@ def _check_arguments(bits: float | None, size: int | None, tile_cols: int | None
         raise ConversionError("give bits or size, not both")
     if bits is not None and not 1 <= bits <= 8:
         raise ConversionError(f"bits {bits}: must lie between 1 and 8")
-
-
-def survey_model(model_dir: str | Path, scratch: Path, *, threads: int | None = None, progress: Progress | None = None) -> Survey:
-    """Look at every tensor once: what matrices cost at any step, and what all else takes.
-
-    Args:
-        scratch: a file that may be overwritten, to measure the metadata.
-    Raises:
-        ConversionError, UnsupportedModelError: as for convert_model.
-    """
-    source = SourceModel(Path(model_dir), scratch)
-    total, done = source.n_elements(), 0
-    profiles: dict[str, Profile] = {}
-    kept: dict[str, int] = {}
-    records: list[TensorRecord] = []
-    kept_shapes: dict[str, tuple[int, ...]] = {}
-    types = import_gguf().GGMLQuantizationType
-    futures: deque[tuple[str, int, Future]] = deque()
-
-    def finish_one() -> None:
-        nonlocal done
-        name, n_weights, future = futures.popleft()
-        try:
-            profiles[name] = future.result()
-        except NotFiniteError as error:
-            raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
-        done += n_weights
-        if progress:
-            progress(done, total, name)
-
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-
-        def handle(name: str, data: Any, raw_dtype: int | None) -> None:
-            nonlocal done
-            shape = tuple(data.shape)
-            records.append(TensorRecord(name, "", shape, 0, "step-0.0000"))
-            chunked = isinstance(data, import_gguf().LazyChunkedTensor)
-            if not chunked and raw_dtype == types.BF16 and data.dtype != np.uint8 and reason_to_keep(name, shape) is None:
-                while len(futures) > (threads or os.cpu_count() or 1):
-                    finish_one()
-                futures.append((name, math.prod(shape), pool.submit(profile, evaluate(data))))
-                return
-            if chunked:
-                kept[name] = data.nbytes
-            else:
-                payload, record, _ = _finish_tensor(name, evaluate(data), raw_dtype, RATE, quantize_step, 1, None, threading.Event())
-                kept[name], shape = payload.nbytes, record.shape
-            kept_shapes[name] = shape
-            done += math.prod(shape)
-
-        source.each_tensor(handle)
-        while futures:
-            finish_one()
-    # a header of the same tensors without their data; each takes its name, shape, type and place
-    source.write_file(_metadata(RATE, tuple(records)), 0, scratch)
-    infos = sum(len(record.name.encode()) + 8 + 4 + 8 * len(record.shape) + 4 + 8 for record in records)
-    return Survey(profiles, kept, kept_shapes, scratch.stat().st_size + infos + 32 * (len(records) + 1))
 
 
 def check_weight_files(model_dir: Path) -> None:
@@ -306,23 +262,12 @@ def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
     return shape, np.dtype(dtype)
 
 
-def _metadata(recipe: Recipe, records: tuple[TensorRecord, ...]) -> dict[str, Any]:
-    """What the file tells about its making; keys in docs/metadata.md."""
-    return {
-        "entrollm.version": __version__,
-        "entrollm.format_version": FORMAT_VERSION,
-        "entrollm.recipe": recipe.name,
-        "entrollm.quantizer": recipe.quantizer,
-        "entrollm.tensor.names": [r.name for r in records],
-        "entrollm.tensor.schemes": [r.scheme for r in records],
-    }
-
-
 def _encode_all(
     source: SourceModel,
     spill: SpillFile,
     recipe: Recipe,
     quantizers: Callable[[str], Quantizer],
+    folding: Folding,
     threads: int | None,
     tile_cols: int | None,
     progress: Progress | None,
@@ -365,7 +310,7 @@ def _encode_all(
                 finish_one()
             # a tensor that is alone gets all threads, one of many gets one
             inner = n_threads if n_weights > MAX_WEIGHTS_IN_FLIGHT else 1
-            work = functools.partial(_finish_tensor, name, evaluate(data), raw_dtype, recipe, quantizers(name), inner, tile_cols, stop)
+            work = functools.partial(finish_tensor, name, evaluate(data), raw_dtype, recipe, quantizers(name), inner, tile_cols, stop, folding)
             jobs.append(_Job(pool.submit(work), n_weights))
             in_flight += n_weights
 
@@ -403,33 +348,6 @@ def _interrupts(stop: threading.Event) -> Iterator[None]:
             signal.signal(signal.SIGINT, previous)
 
 
-def _finish_tensor(
-    name: str,
-    data: Any,
-    raw_dtype: int | None,
-    recipe: Recipe,
-    quantizer: Quantizer,
-    threads: int,
-    tile_cols: int | None,
-    stop: threading.Event,
-) -> tuple[np.ndarray, TensorRecord, int]:
-    """Final bytes, record and ggml type of one tensor."""
-    if stop.is_set():
-        raise InterruptedError
-    gguf = import_gguf()
-    types = gguf.GGMLQuantizationType
-    if raw_dtype != types.BF16 or data.dtype == np.uint8:
-        return _as_is(name, data, raw_dtype)
-    reason = reason_to_keep(name, tuple(data.shape))
-    if reason is None:
-        try:
-            payload, record = encode_tensor(name, data, recipe.kind, quantizer, tile_cols=tile_cols, threads=threads)
-            return payload, record, types[record.type_name]
-        except Unquantizable as error:
-            reason = str(error)
-    return _keep(name, data, reason)
-
-
 def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:
     """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the type upstream chose."""
     gguf = import_gguf()
@@ -437,47 +355,3 @@ def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _P
     shape = tuple(gguf.quant_shape_from_byte_shape(data.shape, raw_dtype)) if data.dtype == np.uint8 else tuple(data.shape)
     type_name = gguf.GGMLQuantizationType(raw_dtype).name
     return _Part(TensorRecord(name, type_name, shape, size, "kept: read in chunks"), raw_dtype, at, size)
-
-
-def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarray, TensorRecord, int]:
-    """A tensor that upstream wrote in its final type."""
-    gguf = import_gguf()
-    types = gguf.GGMLQuantizationType
-    ggml_type = raw_dtype if raw_dtype is not None else types[_NAMES_OF_DTYPES[data.dtype]]
-    shape = tuple(data.shape)
-    if data.dtype == np.uint8:
-        shape = tuple(gguf.quant_shape_from_byte_shape(shape, ggml_type))
-    elif data.dtype in (np.float32, np.float16) and np.isnan(data).any():
-        # infinities are legal in masks and rope factors; NaN never is
-        raise ConversionError(f"tensor {name}: a weight is NaN; the checkpoint is damaged or its training diverged")
-    data = np.ascontiguousarray(data)
-    record = TensorRecord(name, types(ggml_type).name, shape, data.nbytes, "as llama.cpp writes it")
-    return data.reshape(-1).view(np.uint8), record, ggml_type
-
-
-_NAMES_OF_DTYPES = {
-    np.dtype(np.float16): "F16",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float64): "F64",
-    np.dtype(np.int8): "I8",
-    np.dtype(np.int16): "I16",
-    np.dtype(np.int32): "I32",
-    np.dtype(np.int64): "I64",
-}
-
-
-def _keep(name: str, data: np.ndarray, reason: str) -> tuple[np.ndarray, TensorRecord, int]:
-    """A matrix that cannot be entropy-coded, in the smallest stock float type that holds it: BF16 if exact, else F16 if in range, else F32."""
-    types = import_gguf().GGMLQuantizationType
-    if not np.isfinite(data).all():
-        raise ConversionError(f"tensor {name}: a weight is NaN or infinite; the checkpoint is damaged or its training diverged")
-    wide = np.ascontiguousarray(data, dtype=np.float32)
-    bits = wide.view(np.uint32)
-    if not (bits & 0xFFFF).any():
-        kept, ggml_type = (bits >> 16).astype(np.uint16), types.BF16
-    elif np.abs(wide).max() <= np.finfo(np.float16).max:
-        kept, ggml_type = wide.astype(np.float16), types.F16
-    else:
-        kept, ggml_type = wide, types.F32
-    record = TensorRecord(name, ggml_type.name, tuple(data.shape), kept.nbytes, f"kept: {reason}")
-    return kept.reshape(-1).view(np.uint8), record, ggml_type

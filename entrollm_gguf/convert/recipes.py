@@ -15,13 +15,31 @@ class Recipe:
 
     name: str
     kind: EntropyType
-    quantizer: str  # key of entrollm_gguf.quant.QUANTIZERS
+    quantizer: str  # key of entrollm_gguf.quant.QUANTIZERS, or "step" for steps by rate
     summary: str  # one line for --help
+    bits: float | None = None  # of all tensors per weight, for steps by rate
+    calibrated_bits: float | None = None  # the same where there is calibration; None for `bits`
+
+    def bits_for(self, calibrated: bool) -> float | None:
+        """Bits per weight that a conversion aims at, None for recipes with a fixed grid."""
+        return self.calibrated_bits if calibrated and self.calibrated_bits is not None else self.bits
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        Recipe("EQ8", EntropyType.EQ8, "step", "quality of Q8_0: 7.25 bits per weight, 6.25 with calibration", 7.25, 6.25),
+        *(
+            Recipe(f"EQ8-{bits}", EntropyType.EQ8, "step", f"{bits} bits per weight, {like}", bits)
+            for bits, like in (
+                (6.0, "between Q6_K and Q5_K_M"),
+                (5.0, ""),
+                (4.5, ""),
+                (4.0, ""),
+                (3.5, ""),
+                (3.0, "the smallest"),
+            )
+        ),
         Recipe("EQ8-paper", EntropyType.EQ8, "paper", "EntroLLM uint8, published sign rule, one scale per tensor"),
         Recipe("EQ8-mixed", EntropyType.EQ8, "mixed", "8 bits, symmetric or asymmetric, whichever codes smaller"),
         Recipe("EQ8-rows", EntropyType.EQ8, "rows", "8 bits, symmetric, a scale for each row; close to lossless"),
@@ -34,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
 #: What --bits and --size make; it has no fixed step, so it is not among the names.
 RATE = Recipe("EQ8-rate", EntropyType.EQ8, "step", "a step chosen for the size that is wanted")
 
-DEFAULT_RECIPE = "EQ8-mixed"
+DEFAULT_RECIPE = "EQ8"
 
 
 def find_recipe(name: str) -> Recipe:

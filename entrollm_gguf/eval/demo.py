@@ -14,7 +14,8 @@ from pathlib import Path
 
 from entrollm_gguf import __version__, runtime
 from entrollm_gguf.convert.pipeline import ConversionReport, convert_model
-from entrollm_gguf.convert.recipes import RECIPES
+from entrollm_gguf.convert.rate import Calibration
+from entrollm_gguf.convert.recipes import DEFAULT_RECIPE
 from entrollm_gguf.errors import ToolError
 from entrollm_gguf.eval.bench import Speed, measure_speed
 from entrollm_gguf.eval.chat import Chat
@@ -25,7 +26,10 @@ from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.verify import verify_file
 
 QUESTION = "What is the capital of France?"
-CHAT_RECIPE = "EQ8-mixed"
+# EntroLLM's own, the same grids with a scale for each row, and steps by rate; the last with calibration on the text's second half
+RECIPES = ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows", "EQ8", "EQ8-4.5")
+CALIBRATED = ("EQ8-4.5",)
+CHAT_RECIPE = DEFAULT_RECIPE
 STOCK_TYPES = ("Q8_0", "Q4_K_M")
 SPEED_ROUNDS = 2
 
@@ -85,13 +89,18 @@ def run_demo(
         say(f"quantizing {stock} with llama-quantize")
         run_tool("llama-quantize", [files["F16"], files[stock], stock], model=files["F16"])
     reports: dict[str, ConversionReport] = {}
+    learnt_from = out / "calibration.txt"
+    whole = english_text()
+    learnt_from.write_text(whole[len(whole) // 2 :], encoding="utf-8")  # what is scored by default lies in the first half
     for recipe in RECIPES:
-        say(f"converting {recipe}")
-        files[recipe] = out / f"{recipe}.gguf"
-        reports[recipe] = convert_model(hf, files[recipe], recipe=recipe, threads=threads, force=True)
-        problems = verify_file(files[recipe]).problems
+        calibration = Calibration(text=learnt_from) if recipe in CALIBRATED else None
+        name = f"{recipe}, calibrated" if calibration else recipe
+        say(f"converting {name}")
+        files[name] = out / f"{name.replace(', ', '-')}.gguf"
+        reports[name] = convert_model(hf, files[name], recipe=recipe, calibration=calibration, threads=threads, force=True)
+        problems = verify_file(files[name]).problems
         if problems:
-            raise ToolError(f"{files[recipe]}: {problems[0]}")
+            raise ToolError(f"{files[name]}: {problems[0]}")
 
     results: dict[str, PerplexityResult] = {}
     say(f"measuring perplexity and KL divergence on {chunks} x {context} tokens of {text.name}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a matrix costs at any step, from one look at it: histograms of its weights in units of their row's root mean square."""
+"""What a matrix costs at any step, from one look at it: histograms of its weights in units of their row's root mean square (times the row's factor, where it has one)."""
 
 from __future__ import annotations
 
@@ -62,25 +62,27 @@ class Profile:
         return int(self.coded_bits(step) / 8 + lanes * 2 + n_tiles * (6 + 4 + 32) + n_slabs * (n_rows * 2 + 256 + 512 + 256 + 5 * 128))
 
 
-def profile(weights: np.ndarray) -> Profile:
+def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profile:
     """Look at a matrix, or a stack of them.
 
     Args:
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
+        row_factors: as `quantize_step` will get them, f32 (n_slabs, n_rows).
     Raises:
         NotFiniteError: a weight is NaN or infinite.
     """
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
     n_bins = 2 * _RANGE * _BINS_PER_RMS
+    factors = None if row_factors is None else row_factors.reshape(-1)
 
     def part(s: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         x = flat[s].astype(np.float32)
         peak = np.abs(x).max(axis=1)
         if not np.isfinite(peak).all():
             raise NotFiniteError("a weight is NaN or infinite")
-        rms = row_rms(x)
-        scale = np.where(rms > 0, rms, 1)
+        unit = row_rms(x) * (1 if factors is None else factors[s])
+        scale = np.where(unit > 0, unit, 1).astype(np.float32)
         x /= scale[:, None]
         peak = peak / scale
         bins = np.clip((x + np.float32(_RANGE)) * np.float32(_BINS_PER_RMS), 0, n_bins - 1).astype(np.int64)

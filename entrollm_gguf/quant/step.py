@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""Beyond the paper: a step chosen by rate instead of by range. Each row is quantized with a step that is the same multiple of its own root mean square,
+"""Beyond the paper: a step chosen by rate instead of by range. Each row is quantized with a step that is a multiple of its own root mean square,
 so that one code serves all rows; what is rare costs bits, and only then."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, map_chunks, n_bits
+from entrollm_gguf.quant.feedback import fitted_scales, round_with_feedback
 
 
-def quantize_step(weights: np.ndarray, kind: EntropyType, threads: int | None = None, *, step: float) -> Quantized:
-    """w ~ scale[row] * q with q = round(w / (step * rms of the row)).
+def quantize_step(
+    weights: np.ndarray,
+    kind: EntropyType,
+    threads: int | None = None,
+    *,
+    step: float,
+    row_factors: np.ndarray | None = None,
+    hessian: Callable[[int], np.ndarray] | None = None,
+) -> Quantized:
+    """w ~ scale[row] * q with q = round(w / (step * factor of the row * rms of the row)).
 
     A row whose largest weight lies beyond the last code gets a wider step. The scale that is stored is the one that fits the codes best (least
     squares), which takes in what rounding to the middle of an interval loses at low rates.
@@ -19,6 +30,8 @@ def quantize_step(weights: np.ndarray, kind: EntropyType, threads: int | None = 
     Args:
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
         step: in units of the row's root mean square, above 0.
+        row_factors: f32 (n_slabs, n_rows); None for 1.
+        hessian: of a slab, f32 (n_cols, n_cols); rounds with error feedback (`quant.feedback`). None rounds to nearest.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: a row is too large for an f16 scale.
@@ -26,29 +39,40 @@ def quantize_step(weights: np.ndarray, kind: EntropyType, threads: int | None = 
     top = (1 << (n_bits(kind) - 1)) - 1
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
+    n_slabs = weights.shape[0] if weights.ndim == 3 else 1
+    factors = np.ones(len(flat), np.float32) if row_factors is None else row_factors.reshape(-1)
     codes = np.empty(flat.shape, np.int8)
-    scales = np.empty(len(flat), np.float16)
+    fitted = np.empty(len(flat))
 
-    def part(s: slice) -> None:
+    def nearest(s: slice) -> None:
         x = flat[s].astype(np.float32)
-        width = row_steps(x, step, top)
+        width = row_steps(x, step, top, factors[s])
         q = np.rint(x / np.where(width > 0, width, 1)[:, None])
         np.clip(q, -top, top, out=q)
         codes[s] = q
         energy = np.einsum("ij,ij->i", q, q, dtype=np.float64)
-        fitted = np.einsum("ij,ij->i", q, x, dtype=np.float64) / np.where(energy > 0, energy, 1)
-        with np.errstate(over="ignore"):
-            scales[s] = np.where(energy > 0, fitted, 0)
-        if not np.isfinite(scales[s]).all():
-            raise QuantizeError("the weights are too large for an f16 scale")
+        fitted[s] = np.einsum("ij,ij->i", q, x, dtype=np.float64) / np.where(energy > 0, energy, np.inf)
 
-    map_chunks(part, len(flat), threads, n_cols)
-    n_slabs = weights.shape[0] if weights.ndim == 3 else 1
-    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, f"step-{step:.4f}")
+    if hessian is None:
+        map_chunks(nearest, len(flat), threads, n_cols)
+    else:
+        n_rows = len(flat) // n_slabs
+        for slab in range(n_slabs):
+            s, h = slice(slab * n_rows, (slab + 1) * n_rows), hessian(slab)
+            x = flat[s].astype(np.float32)
+            width = row_steps(x, step, top, factors[s])
+            codes[s] = round_with_feedback(x, np.where(width > 0, width, 1), h, top)
+            fitted[s] = fitted_scales(x, codes[s], h)
+    with np.errstate(over="ignore"):
+        scales = fitted.astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise QuantizeError("the weights are too large for an f16 scale")
+    scheme = f"step-{step:.4f}" + ("" if row_factors is None else "-rows") + ("" if hessian is None else "-feedback")
+    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, scheme)
 
 
-def row_steps(x: np.ndarray, step: float, top: int) -> np.ndarray:
-    """Step of each row of x f32 (n_rows, n_cols), f32: step * rms, or wider so that the largest weight is code `top`.
+def row_steps(x: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:
+    """Step of each row of x f32 (n_rows, n_cols), f32: step * factor * rms, or wider so that the largest weight is code `top`.
 
     Raises:
         NotFiniteError: a weight is NaN or infinite.
@@ -56,7 +80,7 @@ def row_steps(x: np.ndarray, step: float, top: int) -> np.ndarray:
     rms, peak = row_rms(x), np.abs(x).max(axis=1)
     if not np.isfinite(peak).all():
         raise NotFiniteError("a weight is NaN or infinite")
-    return np.maximum(np.float32(step) * rms, peak / np.float32(top))
+    return np.maximum(np.float32(step) * factors * rms, peak / np.float32(top)).astype(np.float32)
 
 
 def row_rms(x: np.ndarray) -> np.ndarray:

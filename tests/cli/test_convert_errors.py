@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from entrollm_gguf.cli import main
-from entrollm_gguf.convert import pipeline
+from entrollm_gguf.convert import tensor
 from entrollm_gguf.convert.encode import Unquantizable
 from entrollm_gguf.gguf_io.output import SpillFile
 
@@ -194,7 +194,7 @@ def test_ctrl_c(tiny_model, out):
     """A real SIGINT in the middle of a conversion."""
     slow = (
         "import sys, time\n"
-        "import entrollm_gguf.convert.pipeline as p\n"
+        "import entrollm_gguf.convert.tensor as p\n"
         "encode = p.encode_tensor\n"
         "def waiting(*a, **k):\n    print('encoding', flush=True)\n    time.sleep(1)\n    return encode(*a, **k)\n"
         "p.encode_tensor = waiting\n"
@@ -220,7 +220,7 @@ def test_weights_too_large_for_the_grid_stay_plain(model, out, monkeypatch, caps
     def refuse(name, *arguments, **keywords):
         raise Unquantizable("the weights are too large for an f16 scale")
 
-    monkeypatch.setattr(pipeline, "encode_tensor", refuse)
+    monkeypatch.setattr(tensor, "encode_tensor", refuse)
     assert main(["convert", str(model), str(out)]) == 0
     assert "token_embd.weight stays BF16: the weights are too large" in capsys.readouterr().out
 

@@ -10,6 +10,7 @@ import pytest
 from entrollm_gguf.cli import main
 from entrollm_gguf.convert import pipeline
 from entrollm_gguf.convert.cli import SizeType
+from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
 from entrollm_gguf.gguf_io.patched import import_gguf
 
 
@@ -55,13 +56,29 @@ def test_what_cannot_be_met(tiny_model, tmp_path, capsys):
         (["--bits", "4", "--size", "1MB"], "not both"),
         (["--bits", "9"], "9"),
         (["--size", "much"], "is no size"),
-        (["--dry-run"], "give one"),
+        (["--dry-run", "--recipe", "EQ8-rows"], "fixed grid"),
     ):
-        target = [] if arguments == ["--dry-run"] else [out]
+        target = [] if "--dry-run" in arguments else [out]
         assert main(["convert", folder, *target, *arguments]) != 0
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_recipes_with_bits(tiny_model, tmp_path, capsys):
+    """The default is one; the file tells its recipe; with calibration its bits can be others."""
+    folder = str(tiny_model("llama").folder)
+    named = {name: recipe for name, recipe in RECIPES.items() if recipe.bits is not None}
+    assert DEFAULT_RECIPE in named and len(named) >= 6
+    assert all(2.9 <= recipe.bits <= 7.3 and recipe.bits_for(True) <= recipe.bits for recipe in named.values())
+    for name in (DEFAULT_RECIPE, "eq8-4.0"):
+        report = pipeline.convert_model(folder, tmp_path / f"{name}.gguf", recipe=name)
+        bits = RECIPES[report.recipe].bits
+        # 127 codes to a side and rows with weights of 20 times their size: at most 6.6 bits come out of this model
+        assert min(0.99 * bits, 6.5) <= tensor_bits(report) <= bits
+        assert import_gguf().GGUFReader(tmp_path / f"{name}.gguf").fields["entrollm.recipe"].contents() == report.recipe
+    assert main(["convert", folder, "--recipe", "EQ8-3.5", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_weight"] == pytest.approx(3.5, rel=0.01)
 
 
 def test_sizes_as_people_write_them():

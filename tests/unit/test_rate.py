@@ -106,4 +106,20 @@ def test_budgets(rng):
         budget.target_bytes(survey, None, 14_000)
     with pytest.raises(ConversionError, match="the coarsest step gives"):
         budget.step_for(survey, 5000)
-    assert budget.corrected(0.2, 1020, 1000, survey) > 0.2 > budget.corrected(0.2, 900, 1000, survey)
+
+
+def test_corrections_close_in(rng):
+    survey = budget.Survey({"a": profile(gaussian(rng))}, {}, {}, 0)
+    target = 100_000
+    assert budget.corrected([(0.2, 102_000)], target, survey) > 0.2 > budget.corrected([(0.2, 90_000)], target, survey)
+    between = budget.corrected([(0.2, 102_000), (0.25, 97_000), (0.3, 80_000)], target, survey)
+    assert 0.2 < between < 0.25
+    # sizes that swing with the step, as Huffman codes of few symbols do, are met all the same
+    tried, step = [], 0.2
+    for _ in range(6):
+        size = int(target * (0.2 / step) ** 0.5 * (1.015 + 0.01 * math.sin(step * 300)))
+        if 0.99 * target <= size <= target:
+            return
+        tried.append((step, size))
+        step = budget.corrected(tried, target, survey)
+    pytest.fail(f"no step in {tried}")

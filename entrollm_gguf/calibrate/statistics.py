@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""What is known of one matrix W in y = W x when a text runs through the model. Names and row orders are those of the GGUF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Of one tensor; a stack of matrices (experts) has one entry in each array for each of them."""
+
+    columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2
+    rows: np.ndarray | None = None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2, L the log-probability of a token; see gather.py
+    hessians: tuple[Path, ...] | None = None  # f32 (n_cols, n_cols) in .npy, for each slab: mean of x x^T
+
+    def hessian(self, slab: int) -> np.ndarray | None:
+        """mean of x x^T, f32 (n_cols, n_cols), mapped from its file, or None."""
+        return None if self.hessians is None else np.load(self.hessians[slab], mmap_mode="r")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a whole model."""
+
+    source: str  # for the file's metadata: how they were gathered, with hashes
+    tensors: dict[str, TensorStatistics]  # by GGUF name, "blk.0.attn_q.weight"

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""What goes before a conversion to a size: statistics, factors to fold, and a survey of all tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrollm_gguf import __version__
+from entrollm_gguf.calibrate import Statistics, gather, read_imatrix
+from entrollm_gguf.convert.budget import Sensitivity, Survey, sensitivity
+from entrollm_gguf.convert.calibrated import to_gguf
+from entrollm_gguf.convert.eligibility import reason_to_keep
+from entrollm_gguf.convert.encode import TensorRecord
+from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
+from entrollm_gguf.convert.recipes import RATE, Recipe
+from entrollm_gguf.convert.tensor import finish_tensor
+from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.gguf_io.patched import import_gguf
+from entrollm_gguf.quant import NotFiniteError, Profile, Quantizer, profile, quantize_step
+from entrollm_gguf.quant.fold import EXPONENT, Folding, plan_folding
+
+Progress = Callable[[int, int, str], None]
+
+FORMAT_VERSION = 1
+
+# as long as any that `quantize_step` makes
+_SOME_SCHEME = "step-0.0000-rows-feedback"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where statistics come from; at most one of the three."""
+
+    text: Path | None = None  # a text for the model to read
+    own_text: bool = False  # text that the model writes
+    imatrix: Path | None = None  # a file of llama-imatrix
+    n_sequences: int = 40  # of 512 tokens, for the first two
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What is known of a model before its weights are looked at."""
+
+    statistics: Statistics | None
+    folding: Folding
+
+
+def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, progress: Progress | None = None) -> Basis:
+    """Statistics, from the cache or gathered now, and the factors that follow from them.
+
+    Args:
+        scratch: a file that may be overwritten.
+    Raises:
+        ConversionError, FormatError: see `calibrate.gather` and `calibrate.read_imatrix`.
+    """
+    if calibration is None:
+        return Basis(None, Folding())
+    shapes = SourceModel(model_dir, scratch).shapes()
+    if calibration.imatrix is not None:
+        statistics = read_imatrix(calibration.imatrix)
+        for name in shapes.keys() & statistics.tensors.keys():
+            if statistics.tensors[name].columns.shape[-1] != shapes[name][-1]:
+                raise ConversionError(f"{calibration.imatrix}: {name} has another width; this imatrix belongs to another model")
+        if not shapes.keys() & statistics.tensors.keys():
+            raise ConversionError(f"{calibration.imatrix}: knows none of this model's tensors; this imatrix belongs to another model")
+    else:
+        gathered = gather(
+            model_dir, None if calibration.own_text else calibration.text,
+            n_sequences=calibration.n_sequences, seed=calibration.seed, progress=progress,
+        )  # fmt: skip
+        statistics = to_gguf(gathered, lambda: SourceModel(model_dir, scratch))
+    source = SourceModel(model_dir, scratch)
+    return Basis(statistics, plan_folding(source.architecture, shapes, source.heads(), statistics))
+
+
+def quantizers(survey: Survey, basis: Basis, step: float) -> Callable[[str], Quantizer]:
+    """The quantizer of each tensor, by GGUF name, for the model's step."""
+
+    def find(name: str) -> Quantizer:
+        one = survey.sensitivities.get(name)
+        return functools.partial(
+            quantize_step,
+            step=step * survey.factor(name),
+            row_factors=None if one is None else one.row_factors,
+            hessian=_hessian(name, basis),
+        )
+
+    return find
+
+
+def _hessian(name: str, basis: Basis) -> Callable[[int], np.ndarray] | None:
+    """The Hessian of a slab's inputs as they are after folding."""
+    statistics = None if basis.statistics is None else basis.statistics.tensors.get(name)
+    if statistics is None or statistics.hessians is None:
+        return None
+    factors = basis.folding.columns.get(name)
+
+    def load(slab: int) -> np.ndarray:
+        h = np.array(statistics.hessian(slab))
+        return h if factors is None else h / factors[slab][:, None] / factors[slab][None, :]
+
+    return load
+
+
+def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads: int | None = None, progress: Progress | None = None) -> Survey:
+    """Look at every tensor once: what matrices cost at any step, and what all else takes.
+
+    Args:
+        scratch: a file that may be overwritten, to measure the metadata.
+        basis: from `prepare`.
+    Raises:
+        ConversionError, UnsupportedModelError: as for convert_model.
+    """
+    source = SourceModel(Path(model_dir), scratch)
+    total, done = source.n_elements(), 0
+    profiles: dict[str, Profile] = {}
+    kept: dict[str, int] = {}
+    records: list[TensorRecord] = []
+    kept_shapes: dict[str, tuple[int, ...]] = {}
+    types = import_gguf().GGMLQuantizationType
+    futures: deque[tuple[str, int, Future]] = deque()
+    sensitivities: dict[str, Sensitivity] = {}
+
+    def look(name: str, weights: np.ndarray) -> tuple[Profile, Sensitivity | None]:
+        weights = basis.folding.apply(name, weights)
+        statistics = None if basis.statistics is None else basis.statistics.tensors.get(name)
+        one = sensitivity(name, weights, statistics, basis.folding)
+        return profile(weights, None if one is None else one.row_factors), one
+
+    def finish_one() -> None:
+        nonlocal done
+        name, n_weights, future = futures.popleft()
+        try:
+            profiles[name], one = future.result()
+        except NotFiniteError as error:
+            raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
+        if one is not None:
+            sensitivities[name] = one
+        done += n_weights
+        if progress:
+            progress(done, total, name)
+
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+
+        def handle(name: str, data: Any, raw_dtype: int | None) -> None:
+            nonlocal done
+            shape = tuple(data.shape)
+            records.append(TensorRecord(name, "", shape, 0, _SOME_SCHEME))
+            chunked = isinstance(data, import_gguf().LazyChunkedTensor)
+            if not chunked and raw_dtype == types.BF16 and data.dtype != np.uint8 and reason_to_keep(name, shape) is None:
+                while len(futures) > (threads or os.cpu_count() or 1):
+                    finish_one()
+                futures.append((name, math.prod(shape), pool.submit(look, name, evaluate(data))))
+                return
+            if chunked:
+                kept[name] = data.nbytes
+            else:
+                payload, record, _ = finish_tensor(name, evaluate(data), raw_dtype, RATE, quantize_step, 1, None, threading.Event(), basis.folding)
+                kept[name], shape = payload.nbytes, record.shape
+            kept_shapes[name] = shape
+            done += math.prod(shape)
+
+        source.each_tensor(handle)
+        while futures:
+            finish_one()
+    # a header of the same tensors without their data; each takes its name, shape, type and place
+    source.write_file(metadata(RATE, tuple(records), basis), 0, scratch)
+    infos = sum(len(record.name.encode()) + 8 + 4 + 8 * len(record.shape) + 4 + 8 for record in records)
+    return Survey(profiles, kept, kept_shapes, scratch.stat().st_size + infos + 32 * (len(records) + 1), sensitivities)
+
+
+def metadata(recipe: Recipe, records: tuple[TensorRecord, ...], basis: Basis) -> dict[str, Any]:
+    """What the file tells about its making; keys in docs/metadata.md."""
+    found = {
+        "entrollm.version": __version__,
+        "entrollm.format_version": FORMAT_VERSION,
+        "entrollm.recipe": recipe.name,
+        "entrollm.quantizer": recipe.quantizer,
+        "entrollm.tensor.names": [r.name for r in records],
+        "entrollm.tensor.schemes": [r.scheme for r in records],
+    }
+    if basis.statistics is not None:
+        found["entrollm.calibration"] = basis.statistics.source
+    if basis.folding.columns:
+        found["entrollm.fold_exponent"] = str(EXPONENT)
+    return found

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Column equalisation before any quantization: the model computes the same, or nothing is folded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from running import logits
+
+from entrollm_gguf.calibrate import Statistics, TensorStatistics
+from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
+from entrollm_gguf.gguf_io.patched import import_gguf
+from entrollm_gguf.quant.fold import Folding, plan_folding
+
+EXACT = ("llama", "mistral", "phi3", "qwen2", "qwen2_moe", "gemma3", "qwen3", "mixtral", "granite", "olmo2")
+NOT_FOLDED = ("gpt2", "starcoder2", "gpt_neox", "mamba")
+
+
+def random_statistics(shapes) -> Statistics:
+    """Inputs of very different size for every matrix."""
+    rng = np.random.default_rng(3)
+    return Statistics(
+        "random",
+        {
+            name: TensorStatistics(rng.lognormal(0, 2, (shape[0] if len(shape) == 3 else 1, shape[-1])).astype(np.float32))
+            for name, shape in shapes.items()
+            if len(shape) in (2, 3)
+        },
+    )
+
+
+def plan(folder, scratch) -> tuple[Folding, dict]:
+    shapes = SourceModel(folder, scratch).shapes()
+    source = SourceModel(folder, scratch)
+    return plan_folding(source.architecture, shapes, source.heads(), random_statistics(shapes)), shapes
+
+
+def write_floats(folder, path, folding) -> None:
+    """The model as an F32 GGUF."""
+    source, types = SourceModel(folder, path), import_gguf().GGMLQuantizationType
+    tensors = {}
+    source.each_tensor(lambda name, data, _: tensors.__setitem__(name, folding.apply(name, evaluate(data)).astype(np.float32)))
+    for name, data in tensors.items():
+        source.add_tensor(name, np.ascontiguousarray(data), data.shape, types.F32)
+    source.write_file({}, 0, path)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_logits_are_unchanged(tiny_model, tmp_path, name):
+    folder = tiny_model(name).folder
+    folding, shapes = plan(folder, tmp_path / "scratch.gguf")
+    write_floats(folder, tmp_path / "plain.gguf", Folding())
+    write_floats(folder, tmp_path / "folded.gguf", folding)
+    # keys and values in F32: rounding to f16 would differ
+    plain, folded = (logits(tmp_path / f"{one}.gguf", type_k=0, type_v=0) for one in ("plain", "folded"))
+    assert ((plain - folded) ** 2).sum() / (plain**2).sum() < 1e-8
+    # everything that reads a norm, a product of gate and up, or values, was folded
+    parts = {one.split(".", 2)[-1] for one in folding.columns}
+    wanted = {"attn_output.weight"} | ({"ffn_down.weight"} if "blk.0.ffn_down.weight" in shapes else {"ffn_down_exps.weight"})
+    if "blk.0.attn_norm.weight" in shapes:
+        wanted |= {"attn_qkv.weight"} if "blk.0.attn_qkv.weight" in shapes else {"attn_q.weight", "attn_k.weight", "attn_v.weight"}
+    if name in ("qwen2_moe", "mixtral"):
+        wanted |= {"ffn_gate_inp.weight", "ffn_up_exps.weight", "ffn_gate_exps.weight"}
+    assert wanted <= parts
+    assert ("output.weight" in folding.columns) == ("output.weight" in shapes)
+
+
+@pytest.mark.parametrize("name", NOT_FOLDED)
+def test_where_it_would_not_be_exact_nothing_is_folded(tiny_model, tmp_path, name):
+    folding, _ = plan(tiny_model(name).folder, tmp_path / "scratch.gguf")
+    assert not folding.columns and not folding.rows
+
+
+def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
+    """A router that does not fit, a matrix without statistics: no half folding."""
+    folder = tiny_model("llama").folder
+    shapes = SourceModel(folder, tmp_path / "scratch.gguf").shapes()
+    statistics = random_statistics(shapes)
+    odd = {**shapes, "blk.0.ffn_gate_inp.weight": (4, 64)}
+    folding = plan_folding("llama", odd, (9, 3), statistics)
+    assert "blk.0.ffn_norm.weight" not in folding.rows and "blk.1.ffn_norm.weight" in folding.rows
+    some = Statistics("some", {name: one for name, one in statistics.tensors.items() if "blk.0." not in name})
+    assert not any("blk.0." in name for name in plan_folding("llama", shapes, (9, 3), some).columns)
+    assert not plan_folding("llama", shapes, (9, 3), statistics, exponent=0).columns
+    without_heads = plan_folding("llama", shapes, None, statistics)
+    assert "blk.0.attn_output.weight" not in without_heads.columns and "blk.0.ffn_down.weight" in without_heads.columns
