@@ -10,7 +10,7 @@ GPU_PACK := build/gpu/entrollm-gpu.tar.xz
 GPU_OUT  ?= build/gpu/out
 TEST_WORKERS ?= 2
 
-.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory cuda-objects gpu-pack gpu-run lint clean
+.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory bench-quality cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,10 @@ bench-micro: runtime ## decoding and matrix products of the CPU kernels beside s
 bench-memory: runtime ## resident memory of fused mode against the compressed size; build/bench/memory.json
 	@mkdir -p build/bench
 	$(BIN)/python bench/memory.py build/bench/memory.json
+
+bench-quality: runtime ## size against quality, stock types and ours; takes an hour; build/bench/quality.json and docs/quality.*
+	@mkdir -p build/bench
+	$(BIN)/python bench/quality.py build/quality build/bench/quality.json
 
 cuda-objects: runtime ## CUDA sources compiled for all architectures, instructions counted, kernels run on the CPU; needs nvcc, no GPU
 	$(BIN)/python bench/gpu/objects.py build/bench/cuda-instructions.json

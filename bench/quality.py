@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Size against quality: stock types with and without an importance matrix, and ours. `python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS]`.
+"""Size against quality: stock types with and without an importance matrix, and ours. `python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS]`, or
+`python bench/quality.py table RESULTS.json` to print the table of docs/quantization.md and draw the picture again.
 
 The model is SmolLM2-135M-Instruct without the Q4_1 grid it came with: every block of 32 weights is dithered within its step (fixed seed), so that no block
-type fits it by birth. Text: Python's language reference; its first half is scored, the importance matrix comes from its second half. KL divergence is to
-the unquantized (dithered) model. Bits per weight count all tensors, not the metadata.
+type fits it by birth. Text: Python's language reference; its first half is scored, the importance matrix and our calibration come from its second half. KL divergence
+is to the unquantized (dithered) model. Bits per weight count all tensors, not the metadata. Files made with data are scored on docstrings of the standard library, too: whether
+what was learnt holds on another kind of text.
 
 Rows of 576 are no multiple of 256, so llama-quantize puts other types in place of K and I types for most tensors of this model: names tell what was asked
 for, bits per weight what came out.
@@ -13,15 +15,21 @@ Draws docs/quality.png and docs/quality.svg.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
+from entrollm_gguf.convert.rate import Calibration
+from entrollm_gguf.convert.recipes import RECIPES as RECIPES_BY_NAME
 from entrollm_gguf.eval.demo import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 from entrollm_gguf.eval.perplexity import ReferenceLogits
@@ -29,7 +37,7 @@ from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.gguf_io.patched import import_gguf
 
 STOCK = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_S")
-BITS = (3.25, 3.75, 4.25, 4.75, 5.25, 5.75, 6.25, 6.75, 7.25)
+RECIPES = tuple(name for name, recipe in RECIPES_BY_NAME.items() if recipe.bits is not None)
 SEED = 2505
 
 
@@ -60,6 +68,13 @@ def dithered_folder(out: Path) -> Path:
     return folder
 
 
+def docstrings() -> str:
+    """Docstrings of the standard library's modules, in the order of their names."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    found = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.py")))
+    return "\n\n".join(text for text in found if text)
+
+
 def tensor_bits(path: Path) -> float:
     """Bits per weight of all tensors of a GGUF."""
     tensors = import_gguf().GGUFReader(path).tensors
@@ -72,23 +87,35 @@ def make_files(out: Path) -> dict[str, tuple[str, Path]]:
     text = english_text()
     (out / "scored.txt").write_text(text[: len(text) // 2], encoding="utf-8")
     (out / "calibration.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
+    (out / "docstrings.txt").write_text(docstrings(), encoding="utf-8")
     reference = out / "F16.gguf"
     script = runtime.conversion_path() / "convert_hf_to_gguf.py"
     subprocess.run([sys.executable, str(script), str(hf), "--outfile", str(reference), "--outtype", "f16"], check=True, capture_output=True)
     imatrix = out / "imatrix.gguf"
-    run_tool(
-        "llama-imatrix", ["-m", reference, "-f", out / "calibration.txt", "-o", imatrix, "-c", "512", "--chunks", "40"], model=reference
-    )
+    if not imatrix.is_file():
+        arguments = ["-m", reference, "-f", out / "calibration.txt", "-o", imatrix, "-c", "512", "--chunks", "40", "--process-output"]
+        run_tool("llama-imatrix", arguments, model=reference)
     files = {"F16": ("reference", reference)}
     for name in STOCK:
         for family, arguments in (("stock", []), ("stock, imatrix", ["--imatrix", imatrix])):
             path = out / f"{name}{'-imatrix' if arguments else ''}.gguf"
-            run_tool("llama-quantize", [*arguments, reference, path, name], model=reference)
             files[path.stem] = (family, path)
-    for bits in BITS:
-        path = out / f"EQ8-{bits}.gguf"
-        convert_model(hf, path, bits=bits, force=True)
-        files[path.stem] = ("ours, no data", path)
+            if path.is_file():
+                continue
+            run_tool("llama-quantize", [*arguments, reference, path, name], model=reference)
+    calibrations = {
+        "no data": None,
+        "own text": Calibration(own_text=True),
+        "imatrix": Calibration(imatrix=imatrix),
+        "calibration": Calibration(text=out / "calibration.txt"),
+    }
+    for name in RECIPES:
+        for kind, calibration in calibrations.items():
+            path = out / f"{name}-{kind.replace(' ', '-')}.gguf"
+            if not path.is_file():
+                convert_model(hf, path, recipe=name, calibration=calibration)
+            files[path.stem] = (f"ours, {kind}", path)
+            print(f"{path.name} made", flush=True)
     return files
 
 
@@ -100,11 +127,13 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for family, marker in (("stock", "s"), ("stock, imatrix", "^"), ("ours, no data", "o")):
+    families = {"stock": "s", "stock, imatrix": "^", "ours, no data": "o", "ours, own text": "D", "ours, imatrix": "v", "ours, calibration": "P"}
+    for family, marker in families.items():
         points = sorted((row["bits_per_weight"], row["kld_mean"], row["name"]) for row in rows if row["family"] == family)
         axes.plot([p[0] for p in points], [p[1] for p in points], marker=marker, label=family, linewidth=1)
         for x, y, name in points:
-            axes.annotate(name.removesuffix("-imatrix"), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            if family.startswith("stock"):
+                axes.annotate(name.removesuffix("-imatrix"), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, all tensors")
     axes.set_ylabel("mean KL divergence to the unquantized model, nats")
@@ -115,10 +144,53 @@ def draw(rows: list[dict], path: Path) -> None:
         figure.savefig(path.with_suffix(suffix), dpi=130, metadata={"Date": None} if suffix == ".svg" else None)
 
 
+def bits_at(rows: list[dict], family: str, divergence: float) -> float | None:
+    """Bits per weight at which a family has this divergence, between its points, in the logarithm of the divergence; None outside them."""
+    points = sorted((math.log(row["kld_mean"]), row["bits_per_weight"]) for row in rows if row["family"] == family)
+    if not points or not points[0][0] <= math.log(divergence) <= points[-1][0]:
+        return None
+    for (low, bits_low), (high, bits_high) in itertools.pairwise(points):
+        if low <= math.log(divergence) <= high:
+            return bits_low + (bits_high - bits_low) * (math.log(divergence) - low) / (high - low)
+    return None
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: every file, and for stock types what ours take at the same divergence."""
+    ours = ("ours, no data", "ours, own text", "ours, imatrix", "ours, calibration")
+    lines = [
+        "| file | bits per weight | perplexity | KLD mean | median | 99 % | same top token, % | " + " | ".join(one.replace("ours, ", "") for one in ours) + " |",
+        "|---" * 11 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["bits_per_weight"]):
+        if row["kld_mean"] is None:
+            continue
+        name = row["name"].removesuffix("-imatrix") + (", imatrix" if row["family"] == "stock, imatrix" else "")
+        cells = [
+            name if row["family"].startswith("stock") else f"{row['name']}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['ppl']:.2f}",
+            f"{row['kld_mean']:.4f} ± {row['kld_error']:.4f}",
+            f"{row['kld_median']:.4f}",
+            f"{row['kld_99']:.3f}",
+            f"{row['same_top_percent']:.1f} ± {row['same_top_error']:.1f}",
+        ]
+        for family in ours:
+            bits = bits_at(rows, family, row["kld_mean"]) if row["family"].startswith("stock") else None
+            cells.append(f"{bits:.2f} ({100 * (1 - bits / row['bits_per_weight']):.0f} % fewer)" if bits else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Make, measure, draw."""
     if len(sys.argv) not in (3, 4):
-        raise SystemExit("usage: quality.py OUT_FOLDER RESULTS.json [CHUNKS]")
+        raise SystemExit("usage: quality.py OUT_FOLDER RESULTS.json [CHUNKS], or quality.py table RESULTS.json")
+    if sys.argv[1] == "table":
+        rows = json.loads(Path(sys.argv[2]).read_text())["rows"]
+        draw(rows, Path(__file__).resolve().parents[1] / "docs" / "quality")
+        print(table(rows))
+        return
     out, chunks = Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 16
     out.mkdir(parents=True, exist_ok=True)
     files = make_files(out)
@@ -132,6 +204,11 @@ def main() -> None:
             )
             kld = "" if result.kld_mean is None else f", KLD {result.kld_mean:.4f}"
             print(f"{name:16} {rows[-1]['bits_per_weight']:6.3f} bits per weight, perplexity {result.ppl:.3f}{kld}", flush=True)
+    elsewhere = {name: path for name, (family, path) in files.items() if family in ("stock, imatrix", "ours, own text", "ours, calibration")}
+    with ReferenceLogits(files["F16"][1], out / "docstrings.txt", chunks=max(1, chunks // 2)) as reference:
+        for row in rows:
+            if row["name"] in elsewhere:
+                row["docstrings"] = dataclasses.asdict(reference.compare(elsewhere[row["name"]]))
     data = {"rows": rows, "chunks": chunks, "seed": SEED, "command": " ".join(sys.argv), "environment": environment()}
     Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")
     draw(rows, Path(__file__).resolve().parents[1] / "docs" / "quality")
