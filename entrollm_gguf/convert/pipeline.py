@@ -76,7 +76,7 @@ class PlannedTensor:
     """A line of a plan."""
 
     name: str
-    type_name: str  # "EQ8", or "kept"
+    type_name: str  # "EQ8", "EQ4", or "kept"
     shape: tuple[int, ...]  # numpy order
     n_bytes: int
 
@@ -158,8 +158,8 @@ def convert_model(
             source = SourceModel(Path(model_dir), temporary)
             spill = SpillFile(out.parent)
             try:
-                find = (lambda name: QUANTIZERS[chosen.quantizer]) if survey is None else quantizers(survey, basis, step)
-                parts = _encode_all(source, spill, chosen, find, basis.folding, threads, tile_cols, progress)
+                find = quantizers(survey, basis, step, tile_cols) if survey is not None else lambda _: (chosen.kind, QUANTIZERS[chosen.quantizer])
+                parts = _encode_all(source, spill, find, basis.folding, threads, tile_cols, progress)
                 actual = sum(part.size for part in parts)
                 if survey is not None and not 0.99 * target <= actual <= target and attempt + 1 < _ATTEMPTS and step > FINEST:
                     tried.append((step, actual))
@@ -207,10 +207,10 @@ def plan_model(
         basis = prepare(Path(model_dir), calibration, scratch, progress)
         survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
     step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
-    planned = [
-        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * survey.factor(name), tile_cols))
-        for name, one in survey.profiles.items()
-    ]
+    planned = []
+    for name, one in survey.profiles.items():
+        kind, n_bytes = survey.choose(name, step, tile_cols)
+        planned.append(PlannedTensor(name, kind.name, one.shape, n_bytes))
     planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]
     n_bytes = sum(one.n_bytes for one in planned)
     return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)
@@ -265,8 +265,7 @@ def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
 def _encode_all(
     source: SourceModel,
     spill: SpillFile,
-    recipe: Recipe,
-    quantizers: Callable[[str], Quantizer],
+    quantizers: Callable[[str], tuple[EntropyType, Quantizer]],
     folding: Folding,
     threads: int | None,
     tile_cols: int | None,
@@ -310,7 +309,7 @@ def _encode_all(
                 finish_one()
             # a tensor that is alone gets all threads, one of many gets one
             inner = n_threads if n_weights > MAX_WEIGHTS_IN_FLIGHT else 1
-            work = functools.partial(finish_tensor, name, evaluate(data), raw_dtype, recipe, quantizers(name), inner, tile_cols, stop, folding)
+            work = functools.partial(finish_tensor, name, evaluate(data), raw_dtype, *quantizers(name), inner, tile_cols, stop, folding)
             jobs.append(_Job(pool.submit(work), n_weights))
             in_flight += n_weights
 

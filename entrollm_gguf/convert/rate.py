@@ -18,6 +18,7 @@ import numpy as np
 
 from entrollm_gguf import __version__
 from entrollm_gguf.calibrate import Statistics, gather, read_imatrix
+from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.budget import Sensitivity, Survey, sensitivity
 from entrollm_gguf.convert.calibrated import to_gguf
 from entrollm_gguf.convert.eligibility import reason_to_keep
@@ -85,12 +86,13 @@ def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, pro
     return Basis(statistics, plan_folding(source.architecture, shapes, source.heads(), statistics))
 
 
-def quantizers(survey: Survey, basis: Basis, step: float) -> Callable[[str], Quantizer]:
-    """The quantizer of each tensor, by GGUF name, for the model's step."""
+def quantizers(survey: Survey, basis: Basis, step: float, tile_cols: int | None) -> Callable[[str], tuple[EntropyType, Quantizer]]:
+    """Type and quantizer of each tensor, by GGUF name, for the model's step."""
 
-    def find(name: str) -> Quantizer:
+    def find(name: str) -> tuple[EntropyType, Quantizer]:
         one = survey.sensitivities.get(name)
-        return functools.partial(
+        kind = survey.choose(name, step, tile_cols)[0] if name in survey.profiles else RATE.kind
+        return kind, functools.partial(
             quantize_step,
             step=step * survey.factor(name),
             row_factors=None if one is None else one.row_factors,
@@ -167,7 +169,7 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
             if chunked:
                 kept[name] = data.nbytes
             else:
-                payload, record, _ = finish_tensor(name, evaluate(data), raw_dtype, RATE, quantize_step, 1, None, threading.Event(), basis.folding)
+                payload, record, _ = finish_tensor(name, evaluate(data), raw_dtype, RATE.kind, quantize_step, 1, None, threading.Event(), basis.folding)
                 kept[name], shape = payload.nbytes, record.shape
             kept_shapes[name] = shape
             done += math.prod(shape)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
-from entrollm_gguf.convert.recipes import Recipe
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import Quantizer
@@ -21,7 +21,7 @@ def finish_tensor(
     name: str,
     data: Any,
     raw_dtype: int | None,
-    recipe: Recipe,
+    kind: EntropyType,
     quantizer: Quantizer,
     threads: int,
     tile_cols: int | None,
@@ -48,7 +48,7 @@ def finish_tensor(
     reason = reason_to_keep(name, tuple(data.shape))
     if reason is None:
         try:
-            payload, record = encode_tensor(name, data, recipe.kind, quantizer, tile_cols=tile_cols, threads=threads)
+            payload, record = encode_tensor(name, data, kind, quantizer, tile_cols=tile_cols, threads=threads)
             return payload, record, types[record.type_name]
         except Unquantizable as error:
             reason = str(error)

@@ -25,14 +25,14 @@ _GATED = frozenset(
 )
 
 # (what divides: norm, matrices that read it). Routers and shared gates of experts read the same norm.
-_NORMS = (
+NORMS = (
     ("attn_norm", ("attn_q", "attn_k", "attn_v", "attn_qkv")),
     (
         "ffn_norm",
         ("ffn_gate", "ffn_up", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp_shexp"),
     ),
 )
-_UP_DOWN = (("ffn_up", "ffn_down"), ("ffn_up_exps", "ffn_down_exps"), ("ffn_up_shexp", "ffn_down_shexp"))
+UP_DOWN = (("ffn_up", "ffn_down"), ("ffn_up_exps", "ffn_down_exps"), ("ffn_up_shexp", "ffn_down_shexp"))
 
 
 @dataclass
@@ -75,9 +75,9 @@ def plan_folding(
     if architecture not in _GATED or exponent == 0:
         return folding
     for layer in sorted({match[0] for name in shapes if (match := re.match(r"blk\.\d+\.", name))}):
-        for norm, readers in _NORMS:
+        for norm, readers in NORMS:
             _fold_norm(folding, shapes, statistics, exponent, layer + norm, [layer + one for one in readers])
-        for up, down in _UP_DOWN:
+        for up, down in UP_DOWN:
             _fold_up(folding, shapes, statistics, exponent, layer + up, layer + down)
         if heads is not None:
             _fold_values(folding, shapes, statistics, exponent, layer, *heads)

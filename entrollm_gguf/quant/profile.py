@@ -9,14 +9,46 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import NotFiniteError, n_bits
-from entrollm_gguf.quant.step import row_rms
+from entrollm_gguf.quant.base import NotFiniteError
+from entrollm_gguf.quant.step import row_rms, top_code
 
 # A step is rarely below 0.03 rms: eight bins, and counts between bin edges are interpolated.
 _BINS_PER_RMS = 256
-_RANGE = 40  # rms to each side; what lies beyond is counted in the last bins
-# Rows are told apart by their largest weight in rms, since it widens their step.
-_PEAKS = np.array([5, 6, 7, 8.5, 10.5, 13, 17, 24, 40, np.inf])
+# Rows are told apart by their largest weight in rms, since it widens their step; a class reaches to the next of these, the last one to 40, and what lies beyond is counted in the last bins.
+_PEAKS = np.array([3.5, 4, 4.5, 5, 6, 7, 8.5, 10.5, 13, 17, 24, 40, np.inf])
+_RANGES = np.minimum(np.ceil(_PEAKS), 40).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class RowClass:
+    """Rows whose largest weights are about the same, in rms."""
+
+    counts: np.ndarray  # f64 (bins,): weights from -reach to reach
+    reach: int  # in rms
+    peak: float  # mean of the rows' largest weight, in rms
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Of the bins, f64 (bins + 1,)."""
+        return np.linspace(-self.reach, self.reach, len(self.counts) + 1)
+
+    def width(self, step: float, top: int) -> float:
+        """The step of these rows: the largest weight can widen it."""
+        return max(step, self.peak / top)
+
+    def code_counts(self, step: float, top: int) -> np.ndarray:
+        """Expected counts of the codes -top..top, f64."""
+        cumulated = np.concatenate([[0.0], np.cumsum(self.counts)])
+        between = np.interp((np.arange(-top, top) + 0.5) * self.width(step, top), self.edges, cumulated)
+        return np.diff(np.concatenate([[0.0], between, cumulated[-1:]]))
+
+    def error(self, step: float, top: int) -> float:
+        """Expected sum of squared errors, in squared rms, of what the scale that fits the codes best leaves."""
+        edges = self.edges
+        x = (edges[1:] + edges[:-1]) / 2
+        codes = np.clip(np.rint(x / self.width(step, top)), -top, top)
+        energy = float(self.counts @ np.square(codes))
+        return float(self.counts @ np.square(x)) - float(self.counts @ (codes * x)) ** 2 / (energy or np.inf)
 
 
 @dataclass(frozen=True)
@@ -24,8 +56,7 @@ class Profile:
     """Histograms of one matrix, or of a stack of them."""
 
     shape: tuple[int, ...]  # numpy order
-    counts: np.ndarray  # f64 (classes, bins)
-    peaks: np.ndarray  # f64 (classes,): mean of the rows' largest weight, in rms
+    classes: tuple[RowClass, ...]
 
     @property
     def n_weights(self) -> int:
@@ -33,33 +64,44 @@ class Profile:
         return int(np.prod(self.shape, dtype=np.int64))
 
     def symbol_counts(self, step: float, kind: EntropyType = EntropyType.EQ8) -> np.ndarray:
-        """Expected counts of the symbols, u64 (256,), if `quantize_step` runs with this step (EQ8)."""
-        top = (1 << (n_bits(kind) - 1)) - 1
-        below = np.concatenate([np.zeros((len(self.counts), 1)), np.cumsum(self.counts, axis=1)], axis=1)
-        edges = np.linspace(-_RANGE, _RANGE, below.shape[1])
-        total = np.zeros(2 * top + 1)
-        for cumulated, peak in zip(below, self.peaks, strict=True):
-            if cumulated[-1] == 0:
-                continue
-            width = max(step, peak / top)
-            between = np.interp((np.arange(-top, top) + 0.5) * width, edges, cumulated)
-            total += np.diff(np.concatenate([[0.0], between, cumulated[-1:]]))
-        counts = np.zeros(256, np.uint64)
-        counts[128 - top : 128 + top + 1] = np.rint(total)
-        return counts
+        """Expected counts of the symbols, u64 (256,), if `quantize_step` runs with this step. Neighbours count as independent, which they are nearly."""
+        top = top_code(kind)
+        if kind is EntropyType.EQ8:
+            counts = np.zeros(256)
+            counts[128 - top : 128 + top + 1] = sum(one.code_counts(step, top) for one in self.classes)
+            return np.rint(counts).astype(np.uint64)
+        pairs = np.zeros((16, 16))  # odd column, even column
+        for one in self.classes:
+            codes = one.code_counts(step, top)
+            pairs[8 - top : 8 + top + 1, 8 - top : 8 + top + 1] += np.outer(codes, codes) / (2 * max(codes.sum(), 1))
+        return np.rint(pairs.reshape(256)).astype(np.uint64)
 
-    def coded_bits(self, step: float) -> int:
+    def error(self, step: float, kind: EntropyType = EntropyType.EQ8) -> float:
+        """Expected sum of squared errors, each in units of its row's squared rms (times factor)."""
+        return sum(one.error(step, top_code(kind)) for one in self.classes)
+
+    def entropy_bits(self, step: float) -> float:
+        """Entropy of the codes: what an ideal coder would need."""
+        counts = self.symbol_counts(step)
+        counts = counts[counts > 0].astype(np.float64)
+        return float(counts.sum() * np.log2(counts.sum()) - counts @ np.log2(counts))
+
+    def coded_bits(self, step: float, kind: EntropyType = EntropyType.EQ8) -> int:
         """Expected size of the Huffman codes."""
-        return codec.plan_code(self.symbol_counts(step)).n_bits
+        return codec.plan_code(self.symbol_counts(step, kind)).n_bits
 
-    def n_bytes(self, step: float, tile_cols: int | None = None) -> int:
-        """Expected size in the file: codes, padding of the lanes to whole words, index, scales, table (docs/format.md 5)."""
+    def n_bytes(self, step: float, tile_cols: int | None = None, kind: EntropyType = EntropyType.EQ8) -> int:
+        """Expected size in the file."""
+        return self.coded_bits(step, kind) // 8 + self.container_bytes(tile_cols)
+
+    def container_bytes(self, tile_cols: int | None = None) -> int:
+        """What comes on top of the codes: padding of the lanes to whole words, index, scales, table (docs/format.md 5)."""
         n_slabs = self.shape[0] if len(self.shape) == 3 else 1
         n_rows, n_cols = self.shape[-2:]
         n_slices = -(-n_cols // (tile_cols or codec.default_tile_cols(n_rows, n_cols)))
         n_tiles = n_slabs * -(-n_rows // 32) * n_slices
         lanes = n_slabs * n_rows * n_slices
-        return int(self.coded_bits(step) / 8 + lanes * 2 + n_tiles * (6 + 4 + 32) + n_slabs * (n_rows * 2 + 256 + 512 + 256 + 5 * 128))
+        return lanes * 2 + n_tiles * (6 + 4 + 32) + n_slabs * (n_rows * 2 + 256 + 512 + 256 + 5 * 128)
 
 
 def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profile:
@@ -73,28 +115,26 @@ def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profi
     """
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
-    n_bins = 2 * _RANGE * _BINS_PER_RMS
     factors = None if row_factors is None else row_factors.reshape(-1)
-
-    def part(s: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    counts = [np.zeros(2 * reach * _BINS_PER_RMS) for reach in _RANGES]
+    peaks, rows = np.zeros(len(_PEAKS)), np.zeros(len(_PEAKS))
+    at_once = max(1, (1 << 18) // n_cols)  # temporaries stay in the cache
+    for begin in range(0, len(flat), at_once):
+        s = slice(begin, begin + at_once)
         x = flat[s].astype(np.float32)
         peak = np.abs(x).max(axis=1)
         if not np.isfinite(peak).all():
             raise NotFiniteError("a weight is NaN or infinite")
         unit = row_rms(x) * (1 if factors is None else factors[s])
         scale = np.where(unit > 0, unit, 1).astype(np.float32)
-        x /= scale[:, None]
+        x *= (_BINS_PER_RMS / scale)[:, None]
         peak = peak / scale
-        bins = np.clip((x + np.float32(_RANGE)) * np.float32(_BINS_PER_RMS), 0, n_bins - 1).astype(np.int64)
-        classes = np.searchsorted(_PEAKS, peak, side="right")
-        bins += (classes * n_bins)[:, None]
-        counts = np.bincount(bins.reshape(-1), minlength=len(_PEAKS) * n_bins)
-        return counts, np.bincount(classes, peak, len(_PEAKS)), np.bincount(classes, minlength=len(_PEAKS))
-
-    counts = np.zeros(len(_PEAKS) * n_bins)
-    peaks, rows = np.zeros(len(_PEAKS)), np.zeros(len(_PEAKS))
-    step = max(1, (1 << 20) // n_cols)  # a million weights at a time
-    for begin in range(0, len(flat), step):
-        for total, one in zip((counts, peaks, rows), part(slice(begin, begin + step)), strict=True):
-            total += one
-    return Profile(tuple(weights.shape), counts.reshape(len(_PEAKS), n_bins), peaks / np.maximum(rows, 1))
+        of_row = np.searchsorted(_PEAKS, peak, side="right")
+        for i in np.unique(of_row):
+            n_bins = len(counts[i])
+            bins = np.clip(x[of_row == i] + np.float32(n_bins // 2), 0, n_bins - 1).astype(np.int32)
+            counts[i] += np.bincount(bins.reshape(-1), minlength=n_bins)
+            peaks[i] += peak[of_row == i].sum()
+            rows[i] += np.count_nonzero(of_row == i)
+    classes = (RowClass(counts[i], int(_RANGES[i]), float(peaks[i] / rows[i])) for i in np.flatnonzero(rows))
+    return Profile(tuple(weights.shape), tuple(classes))

@@ -36,7 +36,7 @@ def quantize_step(
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: a row is too large for an f16 scale.
     """
-    top = (1 << (n_bits(kind) - 1)) - 1
+    top = top_code(kind)
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
     n_slabs = weights.shape[0] if weights.ndim == 3 else 1
@@ -69,6 +69,11 @@ def quantize_step(
         raise QuantizeError("the weights are too large for an f16 scale")
     scheme = f"step-{step:.4f}" + ("" if row_factors is None else "-rows") + ("" if hessian is None else "-feedback")
     return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, scheme)
+
+
+def top_code(kind: EntropyType) -> int:
+    """The largest code; the smallest is its negative."""
+    return (1 << (n_bits(kind) - 1)) - 1
 
 
 def row_steps(x: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:
