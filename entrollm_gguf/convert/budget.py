@@ -32,7 +32,7 @@ _WORTH_OF_EQ4 = 1.0
 
 _LOOKS = 8  # at sizes with Huffman codes, until a step is found; 2 or 3 do as a rule
 
-_LARGEST = 8.0  # row factors lie within 1 / _LARGEST .. _LARGEST
+_LARGEST = 8.0  # factors of rows and tensors lie within 1 / _LARGEST .. _LARGEST
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sensitivity(name: str, weights: np.ndarray, statistics: TensorStatistics | N
     rms = row_rms(weights.reshape(-1, weights.shape[-1]).astype(np.float32)).reshape(rows.shape)
     cost = rows * columns.mean(axis=1, keepdims=True) * np.square(rms, dtype=np.float64)
     mean = cost.mean()
-    if not mean > 0:
+    if not (mean > 0 and math.isfinite(mean)):
         return None
     cost = np.where(cost.any(axis=1, keepdims=True), cost, mean)  # an expert that no token came to is like the others
     if name.startswith(("token_embd.", "output.")):  # words that a text does not mention must not lose
@@ -91,8 +91,10 @@ class Survey:
         return sum(math.prod(shape) for shape in self.kept_shapes.values()) + sum(one.n_weights for one in self.profiles.values())
 
     def factor(self, name: str) -> float:
-        """What the model's step is multiplied by for a tensor. On average, in logarithms and by weights, it is 1."""
-        return self.sensitivities[name].factor / self._mean_factor if name in self.sensitivities else 1.0
+        """What the model's step is multiplied by for a tensor. On average, in logarithms and by weights, it is about 1."""
+        if name not in self.sensitivities:
+            return 1.0
+        return min(max(self.sensitivities[name].factor / self._mean_factor, 1 / _LARGEST), _LARGEST)
 
     @functools.cached_property
     def _mean_factor(self) -> float:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def one_line_errors(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or "no further message"
         raise ConversionError(f"{what}: cannot be read ({type(error).__name__}: {reason[:300]})") from error
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a model consists of, by GGUF name."""
+
+    shapes: dict[str, tuple[int, ...]]  # numpy order; of bytes where the checkpoint is quantized
+    quantized: frozenset[str]  # tensors whose weights are no floats, so that nothing can be multiplied into them
 
 
 class SourceModel:
@@ -117,11 +126,18 @@ class SourceModel:
         finally:
             del writer.add_tensor
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor under its GGUF name, numpy order; no weights are read. The model cannot be used again."""
-        found: dict[str, tuple[int, ...]] = {}
-        self.each_tensor(lambda name, data, _: found.__setitem__(name, tuple(data.shape)))
-        return found
+    def outline(self) -> Outline:
+        """Every tensor; no weights are read. The model cannot be used again."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        quantized: set[str] = set()
+
+        def look(name: str, data: Any, _: int | None) -> None:
+            shapes[name] = tuple(data.shape)
+            if data.dtype not in (np.float16, np.float32):
+                quantized.add(name)
+
+        self.each_tensor(look)
+        return Outline(shapes, frozenset(quantized))
 
     def rearranged(self, values: dict[str, np.ndarray], handle: Callable[[str, np.ndarray], None]) -> None:
         """What the converter class does to the order of rows and columns, applied to numbers that stand in for the weights.

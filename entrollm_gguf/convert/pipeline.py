@@ -25,20 +25,17 @@ from typing import Any
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.budget import FINEST, corrected, step_for, target_bytes
+from entrollm_gguf.convert.budget import FINEST, Survey, corrected, step_for, target_bytes
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
-from entrollm_gguf.convert.rate import Calibration, metadata, prepare, quantizers, survey_model
+from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RATE, Recipe, find_recipe
-from entrollm_gguf.convert.tensor import finish_tensor
+from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
-from entrollm_gguf.quant import QUANTIZERS, Quantizer
+from entrollm_gguf.quant import QUANTIZERS
 from entrollm_gguf.quant.fold import Folding
-
-# Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
-MAX_WEIGHTS_IN_FLIGHT = 32_000_000
 
 # Conversions until a size is met: the first step comes from histograms and is right to some tenths of a percent.
 _ATTEMPTS = 6
@@ -102,11 +99,29 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class _Encoded:
+    """All tensors of a model, ready to be written."""
+
+    source: SourceModel
+    spill: SpillFile
+    parts: list[_Part]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(part.size for part in self.parts)
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self.spill.close()
+
+
+@dataclass(frozen=True)
 class _Job:
     """A tensor on its way: a future of (payload, record, ggml type)."""
 
     future: Future
-    n_weights: int
+    room: int  # weights, and memory beside them in f32 numbers
 
 
 def convert_model(
@@ -128,7 +143,7 @@ def convert_model(
         model_dir: config.json, tokenizer files and safetensors (or pytorch .bin) weights.
         out_path: the GGUF; appears only when complete.
         recipe: a name from `RECIPES`; not looked at where bits or size is given.
-        bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it.
+        bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it. Less comes out where the finest step needs less.
         size: bytes of the whole file, the same way.
         threads: None for all cores.
         tile_cols: columns of a tile (docs/format.md 7); None for the default.
@@ -149,34 +164,25 @@ def convert_model(
     check_weight_files(Path(model_dir))
     with atomic_output(out, force) as temporary:
         basis = prepare(Path(model_dir), calibration, temporary, progress)
-        by_rate = chosen.quantizer == RATE.quantizer
-        survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress) if by_rate else None
-        target = 0 if survey is None else target_bytes(survey, bits, size)
-        step = 0.0 if survey is None else step_for(survey, target, tile_cols)
-        tried: list[tuple[float, int]] = []
-        for attempt in range(_ATTEMPTS):
-            source = SourceModel(Path(model_dir), temporary)
-            spill = SpillFile(out.parent)
-            try:
-                find = quantizers(survey, basis, step, tile_cols) if survey is not None else lambda _: (chosen.kind, QUANTIZERS[chosen.quantizer])
-                parts = _encode_all(source, spill, find, basis.folding, threads, tile_cols, progress)
-                actual = sum(part.size for part in parts)
-                if survey is not None and not 0.99 * target <= actual <= target and attempt + 1 < _ATTEMPTS and step > FINEST:
-                    tried.append((step, actual))
-                    step = max(FINEST, corrected(tried, target, survey))
-                    continue
-                if survey is not None and actual > target:
-                    raise ConversionError(f"no step was found for this size: {actual} bytes came out for {target}; ask for a little more")
-                for part in parts:
-                    tensor = StreamedTensor(*_declared(part), part.size, functools.partial(spill.copy_to, at=part.at, size=part.size))
-                    source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
-                records = tuple(part.record for part in parts)
-                gguf = import_gguf()
-                file_type = gguf.LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
-                source.write_file(metadata(chosen, records, basis), file_type, temporary)
-                break
-            finally:
-                spill.close()
+
+        def encode(treat: Callable[[str], Treatment]) -> _Encoded:
+            return _encode_all(Path(model_dir), temporary, treat, basis.folding, threads, tile_cols, progress)
+
+        if chosen.quantizer == RATE.quantizer:
+            survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress)
+            target = target_bytes(survey, bits, size)
+            step = step_for(survey, target, tile_cols)
+            encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step, tile_cols)), survey, target, step)
+        else:
+            encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer]))
+        with contextlib.closing(encoded):
+            records = tuple(part.record for part in encoded.parts)
+            for part in encoded.parts:
+                copy = functools.partial(encoded.spill.copy_to, at=part.at, size=part.size)
+                tensor = StreamedTensor(*_declared(part), part.size, copy)
+                encoded.source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
+            file_type = import_gguf().LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
+            encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary)
         n_bytes = temporary.stat().st_size
     return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started)
 
@@ -262,16 +268,63 @@ def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
     return shape, np.dtype(dtype)
 
 
+def _encode_to_size(encode: Callable[[float], _Encoded], survey: Survey, target: int, step: float) -> _Encoded:
+    """Encode with one step after the other until the tensors take target bytes, or up to 1 % less, or are as fine as they can be. If no step gives that, the largest that is not above.
+
+    Raises:
+        ConversionError: all are above.
+    """
+    best: _Encoded | None = None
+    tried: list[tuple[float, int]] = []
+    try:
+        for _ in range(_ATTEMPTS):
+            one = encode(step)
+            tried.append((step, one.n_bytes))
+            if one.n_bytes <= target and (best is None or one.n_bytes > best.n_bytes):
+                best, worse = one, best
+            else:
+                worse = one
+            if worse is not None:
+                worse.close()
+            if best is one and (step <= FINEST or one.n_bytes >= 0.99 * target):
+                return best
+            step = max(FINEST, corrected(tried, target, survey))
+    except BaseException:
+        if best is not None:
+            best.close()
+        raise
+    if best is None:
+        raise ConversionError(f"no step was found for this size: {min(size for _, size in tried)} bytes came out for {target}; ask for a little more")
+    return best
+
+
 def _encode_all(
+    model_dir: Path,
+    scratch: Path,
+    treat: Callable[[str], Treatment],
+    folding: Folding,
+    threads: int | None,
+    tile_cols: int | None,
+    progress: Progress | None,
+) -> _Encoded:
+    """All tensors of the model, encoded and spilled, in the converter's order."""
+    source, spill = SourceModel(model_dir, scratch), SpillFile(scratch.parent)
+    try:
+        return _Encoded(source, spill, _spill_all(source, spill, treat, folding, threads, tile_cols, progress))
+    except BaseException:
+        spill.close()
+        raise
+
+
+def _spill_all(
     source: SourceModel,
     spill: SpillFile,
-    quantizers: Callable[[str], tuple[EntropyType, Quantizer]],
+    treat: Callable[[str], Treatment],
     folding: Folding,
     threads: int | None,
     tile_cols: int | None,
     progress: Progress | None,
 ) -> list[_Part]:
-    """All tensors of the model, encoded and spilled, in the converter's order."""
     gguf = import_gguf()
     n_threads = threads or os.cpu_count() or 1
     total = source.n_elements()
@@ -286,7 +339,7 @@ def _encode_all(
             payload, record, ggml_type = job.future.result()
         except InterruptedError as error:
             raise KeyboardInterrupt from error
-        in_flight -= job.n_weights
+        in_flight -= job.room
         at, size = spill.append(memoryview(payload).cast("B"))
         parts.append(_Part(record, ggml_type, at, size))
         if progress:
@@ -305,13 +358,15 @@ def _encode_all(
                 parts.append(_write_chunked(name, data, raw_dtype, spill))
                 return
             n_weights = math.prod(data.shape)
-            while jobs and (in_flight + n_weights > MAX_WEIGHTS_IN_FLIGHT or len(jobs) >= 2 * n_threads):
+            treatment = treat(name)
+            room = n_weights + treatment.workspace
+            while jobs and (in_flight + room > MAX_WEIGHTS_IN_FLIGHT or len(jobs) >= 2 * n_threads):
                 finish_one()
             # a tensor that is alone gets all threads, one of many gets one
-            inner = n_threads if n_weights > MAX_WEIGHTS_IN_FLIGHT else 1
-            work = functools.partial(finish_tensor, name, evaluate(data), raw_dtype, *quantizers(name), inner, tile_cols, stop, folding)
-            jobs.append(_Job(pool.submit(work), n_weights))
-            in_flight += n_weights
+            inner = n_threads if room > MAX_WEIGHTS_IN_FLIGHT else 1
+            work = functools.partial(finish_tensor, name, evaluate(data), raw_dtype, treatment, inner, tile_cols, stop, folding)
+            jobs.append(_Job(pool.submit(work), room))
+            in_flight += room
 
         try:
             source.each_tensor(handle)

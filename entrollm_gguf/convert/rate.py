@@ -18,17 +18,17 @@ import numpy as np
 
 from entrollm_gguf import __version__
 from entrollm_gguf.calibrate import Statistics, gather, read_imatrix
-from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.budget import Sensitivity, Survey, sensitivity
 from entrollm_gguf.convert.calibrated import to_gguf
 from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.recipes import RATE, Recipe
-from entrollm_gguf.convert.tensor import finish_tensor
+from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
-from entrollm_gguf.quant import NotFiniteError, Profile, Quantizer, profile, quantize_step
+from entrollm_gguf.quant import NotFiniteError, Profile, profile, quantize_step
+from entrollm_gguf.quant.feedback import workspace
 from entrollm_gguf.quant.fold import EXPONENT, Folding, plan_folding
 
 Progress = Callable[[int, int, str], None]
@@ -48,6 +48,16 @@ class Calibration:
     imatrix: Path | None = None  # a file of llama-imatrix
     n_sequences: int = 40  # of 512 tokens, for the first two
     seed: int = 0
+    fold: bool = True  # columns are equalised: better, but LoRA adapters made for the model no longer fit
+
+    def __post_init__(self) -> None:
+        """Exactly one source.
+
+        Raises:
+            ValueError: none or several.
+        """
+        if (self.text is not None) + self.own_text + (self.imatrix is not None) != 1:
+            raise ValueError("a calibration is from a text, own_text or an imatrix")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, pro
     """
     if calibration is None:
         return Basis(None, Folding())
-    shapes = SourceModel(model_dir, scratch).shapes()
+    outline = SourceModel(model_dir, scratch).outline()
+    shapes = outline.shapes
     if calibration.imatrix is not None:
         statistics = read_imatrix(calibration.imatrix)
         for name in shapes.keys() & statistics.tensors.keys():
@@ -82,22 +93,27 @@ def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, pro
             n_sequences=calibration.n_sequences, seed=calibration.seed, progress=progress,
         )  # fmt: skip
         statistics = to_gguf(gathered, lambda: SourceModel(model_dir, scratch))
+    if not calibration.fold:
+        return Basis(statistics, Folding())
     source = SourceModel(model_dir, scratch)
-    return Basis(statistics, plan_folding(source.architecture, shapes, source.heads(), statistics))
+    return Basis(statistics, plan_folding(source.architecture, shapes, source.heads(), statistics, untouchable=outline.quantized))
 
 
-def quantizers(survey: Survey, basis: Basis, step: float, tile_cols: int | None) -> Callable[[str], tuple[EntropyType, Quantizer]]:
-    """Type and quantizer of each tensor, by GGUF name, for the model's step."""
+def treatments(survey: Survey, basis: Basis, step: float, tile_cols: int | None) -> Callable[[str], Treatment]:
+    """What is done with each tensor, by GGUF name, for the model's step."""
 
-    def find(name: str) -> tuple[EntropyType, Quantizer]:
-        one = survey.sensitivities.get(name)
-        kind = survey.choose(name, step, tile_cols)[0] if name in survey.profiles else RATE.kind
-        return kind, functools.partial(
+    def find(name: str) -> Treatment:
+        if name not in survey.profiles:  # it stays in a stock type
+            return Treatment(RATE.kind, functools.partial(quantize_step, step=step))
+        sensitive, hessian = survey.sensitivities.get(name), _hessian(name, basis)
+        quantizer = functools.partial(
             quantize_step,
             step=step * survey.factor(name),
-            row_factors=None if one is None else one.row_factors,
-            hessian=_hessian(name, basis),
+            row_factors=None if sensitive is None else sensitive.row_factors,
+            hessian=hessian,
         )
+        room = 0 if hessian is None else workspace(survey.profiles[name].shape[-1])
+        return Treatment(survey.choose(name, step, tile_cols)[0], quantizer, room)
 
     return find
 
@@ -134,6 +150,8 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
     types = import_gguf().GGMLQuantizationType
     futures: deque[tuple[str, int, Future]] = deque()
     sensitivities: dict[str, Sensitivity] = {}
+    stays = Treatment(RATE.kind, quantize_step)  # not called: whatever comes to it is kept
+    in_flight = 0
 
     def look(name: str, weights: np.ndarray) -> tuple[Profile, Sensitivity | None]:
         weights = basis.folding.apply(name, weights)
@@ -142,8 +160,9 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
         return profile(weights, None if one is None else one.row_factors), one
 
     def finish_one() -> None:
-        nonlocal done
+        nonlocal done, in_flight
         name, n_weights, future = futures.popleft()
+        in_flight -= n_weights
         try:
             profiles[name], one = future.result()
         except NotFiniteError as error:
@@ -157,19 +176,21 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
 
         def handle(name: str, data: Any, raw_dtype: int | None) -> None:
-            nonlocal done
+            nonlocal done, in_flight
             shape = tuple(data.shape)
             records.append(TensorRecord(name, "", shape, 0, _SOME_SCHEME))
             chunked = isinstance(data, import_gguf().LazyChunkedTensor)
             if not chunked and raw_dtype == types.BF16 and data.dtype != np.uint8 and reason_to_keep(name, shape) is None:
-                while len(futures) > (threads or os.cpu_count() or 1):
+                n_weights = math.prod(shape)
+                while futures and (in_flight + n_weights > MAX_WEIGHTS_IN_FLIGHT or len(futures) > (threads or os.cpu_count() or 1)):
                     finish_one()
-                futures.append((name, math.prod(shape), pool.submit(look, name, evaluate(data))))
+                in_flight += n_weights
+                futures.append((name, n_weights, pool.submit(look, name, evaluate(data))))
                 return
             if chunked:
                 kept[name] = data.nbytes
             else:
-                payload, record, _ = finish_tensor(name, evaluate(data), raw_dtype, RATE.kind, quantize_step, 1, None, threading.Event(), basis.folding)
+                payload, record, _ = finish_tensor(name, evaluate(data), raw_dtype, stays, 1, None, threading.Event(), basis.folding)
                 kept[name], shape = payload.nbytes, record.shape
             kept_shapes[name] = shape
             done += math.prod(shape)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,24 @@ from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import Quantizer
 from entrollm_gguf.quant.fold import Folding
 
+# Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
+MAX_WEIGHTS_IN_FLIGHT = 32_000_000
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with a tensor if it can be entropy-coded."""
+
+    kind: EntropyType
+    quantizer: Quantizer
+    workspace: int = 0  # memory that quantizing takes beside the weights, in f32 numbers
+
 
 def finish_tensor(
     name: str,
     data: Any,
     raw_dtype: int | None,
-    kind: EntropyType,
-    quantizer: Quantizer,
+    treatment: Treatment,
     threads: int,
     tile_cols: int | None,
     stop: threading.Event,
@@ -48,7 +60,7 @@ def finish_tensor(
     reason = reason_to_keep(name, tuple(data.shape))
     if reason is None:
         try:
-            payload, record = encode_tensor(name, data, kind, quantizer, tile_cols=tile_cols, threads=threads)
+            payload, record = encode_tensor(name, data, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=threads)
             return payload, record, types[record.type_name]
         except Unquantizable as error:
             reason = str(error)

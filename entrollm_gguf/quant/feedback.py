@@ -11,6 +11,12 @@ import numpy as np
 
 _DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 _BLOCK = 64  # columns whose errors are passed on together
+_AT_ONCE = 1 << 24  # weights in work; rows beyond wait
+
+
+def workspace(n_cols: int) -> int:
+    """Memory of `round_with_feedback` and `fitted_scales` beside weights, in f32 numbers: inversion in f64 (docs/quantization.md)."""
+    return 13 * n_cols * n_cols
 
 
 def round_with_feedback(weights: np.ndarray, steps: np.ndarray, hessian: np.ndarray, top: int) -> np.ndarray:
@@ -27,26 +33,37 @@ def round_with_feedback(weights: np.ndarray, steps: np.ndarray, hessian: np.ndar
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    codes = np.empty(weights.shape, np.int8)
     with torch.inference_mode():
-        w = torch.from_numpy(np.array(weights, np.float32)).to(device)
         upper = _inverse_factor(torch.from_numpy(np.array(hessian, np.float32)).to(device))
-        step = torch.from_numpy(np.ascontiguousarray(steps, np.float32)).to(device)
-        # contiguous columns: the loop below takes them one by one
-        remaining, inverse, codes = w.T.contiguous(), 1 / step, torch.empty(w.T.shape, dtype=torch.int8, device=device)
-        n_cols = len(remaining)
-        for begin in range(0, n_cols, _BLOCK):
-            end = min(begin + _BLOCK, n_cols)
-            errors = torch.empty((end - begin, w.shape[0]), device=device)
-            for j in range(begin, end):
-                q = torch.round(remaining[j] * inverse).clamp_(-top, top)
-                codes[j] = q
-                error = (remaining[j] - q * step) / upper[j, j]
-                errors[j - begin] = error
-                if j + 1 < end:
-                    remaining[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-            if end < n_cols:
-                remaining[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
-        return codes.T.contiguous().cpu().numpy()
+        rows = max(1, _AT_ONCE // weights.shape[1])
+        for begin in range(0, len(weights), rows):  # rows know nothing of each other
+            s = slice(begin, begin + rows)
+            w = torch.from_numpy(np.array(weights[s], np.float32)).to(device)
+            step = torch.from_numpy(np.ascontiguousarray(steps[s], np.float32)).to(device)
+            codes[s] = _round(w.T.contiguous(), step, upper, top).T.cpu().numpy()
+    return codes
+
+
+def _round(remaining, step, upper, top: int):
+    """Codes i8 (n_cols, n_rows) of weights f32 (n_cols, n_rows), which are overwritten: columns are taken one by one, so they are contiguous here."""
+    import torch
+
+    inverse, codes = 1 / step, torch.empty(remaining.shape, dtype=torch.int8, device=remaining.device)
+    n_cols, n_rows = remaining.shape
+    for begin in range(0, n_cols, _BLOCK):
+        end = min(begin + _BLOCK, n_cols)
+        errors = torch.empty((end - begin, n_rows), device=remaining.device)
+        for j in range(begin, end):
+            q = torch.round(remaining[j] * inverse).clamp_(-top, top)
+            codes[j] = q
+            error = (remaining[j] - q * step) / upper[j, j]
+            errors[j - begin] = error
+            if j + 1 < end:
+                remaining[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        if end < n_cols:
+            remaining[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
+    return codes
 
 
 def fitted_scales(weights: np.ndarray, codes: np.ndarray, hessian: np.ndarray) -> np.ndarray:

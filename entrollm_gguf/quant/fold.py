@@ -8,7 +8,6 @@ only those are folded that are listed here, and only where all tensors that read
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +23,8 @@ _GATED = frozenset(
     ["llama", "mistral3", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3", "olmo2", "olmoe", "internlm2", "exaone"]
 )
 
-# (what divides: norm, matrices that read it). Routers and shared gates of experts read the same norm.
+# (what divides: norm, matrices that read it). Routers and shared gates of experts read the same norm. The last norm stays as it is, even where a matrix of its own reads it: what it makes is also what
+# programs take as the embedding of a text.
 NORMS = (
     ("attn_norm", ("attn_q", "attn_k", "attn_v", "attn_qkv")),
     (
@@ -41,6 +41,7 @@ class Folding:
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # f32 (n_slabs or 1, n_cols): multiply
     rows: dict[str, np.ndarray] = field(default_factory=dict)  # f32 (n_slabs or 1, n_rows), or (1, n) of a vector: divide
+    untouchable: frozenset[str] = frozenset()  # tensors that are no floats
 
     def apply(self, name: str, weights: np.ndarray) -> np.ndarray:
         """The tensor with its factors: f16 or f32 in, f32 out, or the same array if it has none.
@@ -61,7 +62,12 @@ class Folding:
 
 
 def plan_folding(
-    architecture: str, shapes: dict[str, tuple[int, ...]], heads: tuple[int, int] | None, statistics: Statistics, exponent: float = EXPONENT
+    architecture: str,
+    shapes: dict[str, tuple[int, ...]],
+    heads: tuple[int, int] | None,
+    statistics: Statistics,
+    exponent: float = EXPONENT,
+    untouchable: frozenset[str] = frozenset(),
 ) -> Folding:
     """Which tensors get which factors.
 
@@ -70,8 +76,9 @@ def plan_folding(
         shapes: of all tensors of the GGUF, numpy order.
         heads: query and key-value heads of every layer, None if they differ.
         exponent: see EXPONENT; 0 folds nothing.
+        untouchable: tensors that are no floats; what they read or make is left alone.
     """
-    folding = Folding()
+    folding = Folding(untouchable=untouchable)
     if architecture not in _GATED or exponent == 0:
         return folding
     for layer in sorted({match[0] for name in shapes if (match := re.match(r"blk\.\d+\.", name))}):
@@ -81,8 +88,6 @@ def plan_folding(
             _fold_up(folding, shapes, statistics, exponent, layer + up, layer + down)
         if heads is not None:
             _fold_values(folding, shapes, statistics, exponent, layer, *heads)
-    if "output.weight" in shapes:  # otherwise the embedding is the output, and embeddings read no norm
-        _fold_norm(folding, shapes, statistics, exponent, "output_norm", ["output"])
     return folding
 
 
@@ -100,6 +105,8 @@ def _fold_norm(
 ) -> None:
     weight, present = f"{norm}.weight", [f"{one}.weight" for one in readers if f"{one}.weight" in shapes]
     known = [statistics.tensors[name].columns.mean(axis=0) for name in present if name in statistics.tensors]
+    if not folding.untouchable.isdisjoint([weight, *present]):
+        return
     if weight not in shapes or not known or any(shapes[name][-1] != shapes[weight][0] for name in present):
         return
     factors = _factors(np.mean(known, axis=0), exponent)[None]
@@ -113,6 +120,8 @@ def _fold_norm(
 def _fold_up(folding: Folding, shapes: dict[str, tuple[int, ...]], statistics: Statistics, exponent: float, up: str, down: str) -> None:
     name, source = f"{down}.weight", f"{up}.weight"
     if name not in shapes or source not in shapes or name not in statistics.tensors or f"{up}.scale" in shapes:
+        return
+    if not folding.untouchable.isdisjoint([name, source]):
         return
     n_inner, n_rows = shapes[name][-1], shapes[source][-2]
     fused = n_rows == 2 * n_inner  # gate and up in one matrix, up second (phi3)
@@ -140,7 +149,7 @@ def _fold_values(
     source, fused = next(
         ((one, part == "attn_qkv") for part in ("attn_v", "attn_qkv") if f"{(one := layer + part)}.weight" in shapes), (None, False)
     )
-    if source is None or rest:
+    if source is None or rest or f"{source}.scale" in shapes or not folding.untouchable.isdisjoint([name, f"{source}.weight"]):
         return
     n_rows, before = shapes[f"{source}.weight"][-2], (n_heads + n_kv) * width if fused else 0
     if n_rows != before + n_kv * width:
@@ -156,6 +165,3 @@ def _divide_rows(folding: Folding, shapes: dict[str, tuple[int, ...]], stem: str
     if f"{stem}.bias" in shapes:
         folding.rows[f"{stem}.bias"] = factors
 
-
-#: A function(name, weights) -> weights, as `Folding.apply`.
-Fold = Callable[[str, np.ndarray], np.ndarray]

@@ -12,6 +12,8 @@ from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, map_chunks, n_bits
 from entrollm_gguf.quant.feedback import fitted_scales, round_with_feedback
 
+_SMALLEST_NORMAL, _SMALLEST = np.float32(2.0**-14), np.float32(2.0**-24)  # of f16
+
 
 def quantize_step(
     weights: np.ndarray,
@@ -43,15 +45,22 @@ def quantize_step(
     factors = np.ones(len(flat), np.float32) if row_factors is None else row_factors.reshape(-1)
     codes = np.empty(flat.shape, np.int8)
     fitted = np.empty(len(flat))
+    widths = np.empty(len(flat), np.float32)
 
     def nearest(s: slice) -> None:
         x = flat[s].astype(np.float32)
-        width = row_steps(x, step, top, factors[s])
+        widths[s] = width = row_steps(x, step, top, factors[s])
         q = np.rint(x / np.where(width > 0, width, 1)[:, None])
         np.clip(q, -top, top, out=q)
         codes[s] = q
         energy = np.einsum("ij,ij->i", q, q, dtype=np.float64)
         fitted[s] = np.einsum("ij,ij->i", q, x, dtype=np.float64) / np.where(energy > 0, energy, np.inf)
+
+    def with_feedback(s: slice, h: np.ndarray) -> None:
+        x = flat[s].astype(np.float32)
+        widths[s] = width = row_steps(x, step, top, factors[s])
+        codes[s] = round_with_feedback(x, np.where(width > 0, width, 1), h, top)
+        fitted[s] = fitted_scales(x, codes[s], h)
 
     if hessian is None:
         map_chunks(nearest, len(flat), threads, n_cols)
@@ -59,12 +68,14 @@ def quantize_step(
         n_rows = len(flat) // n_slabs
         for slab in range(n_slabs):
             s, h = slice(slab * n_rows, (slab + 1) * n_rows), hessian(slab)
-            x = flat[s].astype(np.float32)
-            width = row_steps(x, step, top, factors[s])
-            codes[s] = round_with_feedback(x, np.where(width > 0, width, 1), h, top)
-            fitted[s] = fitted_scales(x, codes[s], h)
+            if np.diagonal(h).max() > 0:
+                with_feedback(s, h)
+            else:  # an expert that no token came to
+                nearest(s)
+    # below, f16 has few digits: there the step itself is a number that it holds, and is the scale
+    scales = np.where(widths < _SMALLEST_NORMAL, widths, fitted)
     with np.errstate(over="ignore"):
-        scales = fitted.astype(np.float16)
+        scales = scales.astype(np.float16)
     if not np.isfinite(scales).all():
         raise QuantizeError("the weights are too large for an f16 scale")
     scheme = f"step-{step:.4f}" + ("" if row_factors is None else "-rows") + ("" if hessian is None else "-feedback")
@@ -77,7 +88,7 @@ def top_code(kind: EntropyType) -> int:
 
 
 def row_steps(x: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:
-    """Step of each row of x f32 (n_rows, n_cols), f32: step * factor * rms, or wider so that the largest weight is code `top`.
+    """Step of each row of x f32 (n_rows, n_cols), f32: step * factor * rms, or wider so that the largest weight is code `top`, or up to the next number that f16 holds where that has few digits.
 
     Raises:
         NotFiniteError: a weight is NaN or infinite.
@@ -85,7 +96,8 @@ def row_steps(x: np.ndarray, step: float, top: int, factors: np.ndarray | float 
     rms, peak = row_rms(x), np.abs(x).max(axis=1)
     if not np.isfinite(peak).all():
         raise NotFiniteError("a weight is NaN or infinite")
-    return np.maximum(np.float32(step) * factors * rms, peak / np.float32(top)).astype(np.float32)
+    width = np.maximum(np.float32(step) * factors * rms, peak / np.float32(top)).astype(np.float32)
+    return np.where(width < _SMALLEST_NORMAL, np.ceil(width / _SMALLEST) * _SMALLEST, width)
 
 
 def row_rms(x: np.ndarray) -> np.ndarray:

@@ -103,3 +103,12 @@ def test_as_a_quantizer(rng):
     # a wider row has fewer codes
     ratio = np.abs(result.codes[0].astype(int)).mean(axis=1) * factors[0]
     assert ratio.std() / ratio.mean() < 0.2
+
+
+def test_a_slab_without_inputs_is_rounded_to_nearest(rng):
+    """An expert that no token came to has a Hessian of zeros."""
+    weights = rng.normal(0, 1, (2, 48, 96)).astype(np.float32)
+    hessians = [correlated_inputs(rng, 96), np.zeros((96, 96), np.float32)]
+    result, nearest = (quantize_step(weights, EntropyType.EQ8, step=0.2, hessian=one) for one in (hessians.__getitem__, None))
+    assert np.array_equal(result.codes[1], nearest.codes[1]) and np.array_equal(result.scales[1], nearest.scales[1])
+    assert not np.array_equal(result.codes[0], nearest.codes[0])

@@ -14,7 +14,7 @@ from entrollm_gguf.convert import budget
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.quant import NotFiniteError, profile, quantize_step
 
-EQ8 = EntropyType.EQ8
+EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4
 
 
 def gaussian(rng, n_rows=512, n_cols=1024):
@@ -80,6 +80,67 @@ def test_profiles_foresee_the_size(rng, tails, step):
     assert one.n_weights == weights.size
     assert one.coded_bits(step) == pytest.approx(encoded.coded_bits, rel=0.004)
     assert one.n_bytes(step) == pytest.approx(encoded.payload.size, rel=0.004)
+
+
+@pytest.mark.parametrize("step", [0.4, 0.6, 0.9, 1.5])
+@pytest.mark.parametrize("kind", [EQ8, EQ4])
+def test_profiles_foresee_pairs_and_errors(rng, kind, step):
+    weights = gaussian(rng, 704, 1024)
+    quantized = quantize_step(weights, kind, step=step)
+    encoded = codec.encode(kind, quantized.codes, quantized.scales)
+    one = profile(weights)
+    assert one.coded_bits(step, kind) == pytest.approx(encoded.coded_bits, rel=0.01)
+    assert one.n_bytes(step, kind=kind) == pytest.approx(encoded.payload.size, rel=0.01)
+    assert one.error(step, kind) / weights.size == pytest.approx(relative_error(weights, quantized), rel=0.02)
+    if kind is EQ8:
+        assert one.entropy_bits(step) == pytest.approx(encoded.entropy_bits, rel=0.01)
+
+
+def test_pairs_are_taken_where_they_are_smaller_at_the_same_error(rng):
+    def chosen(weights, step):
+        survey = budget.Survey({"a": profile(weights)}, {}, {}, 0)
+        kind, n_bytes = survey.choose("a", step)
+        sizes = {}
+        for one in (EQ8, EQ4):
+            quantized = quantize_step(weights, one, step=step)
+            payload = codec.encode(one, quantized.codes, quantized.scales).payload
+            sizes[one] = payload.size + weights.size / 16 * math.log2(relative_error(weights, quantized))
+        assert n_bytes == pytest.approx(codec.encode(kind, *_coded(weights, kind, step)).payload.size, rel=0.01)
+        assert sizes[kind] <= min(sizes.values()) + 0.003 * weights.size / 8
+        return kind
+
+    flat = rng.uniform(-1, 1, (512, 1024)).astype(np.float32)
+    assert chosen(flat, 0.5) is EQ4  # seven codes
+    assert chosen(gaussian(rng), 1.0) is EQ4
+    assert chosen(gaussian(rng), 0.3) is EQ8
+    heavy = rng.standard_t(3, (512, 1024)).astype(np.float32)
+    assert chosen(heavy, 0.6) is EQ8
+
+
+def _coded(weights, kind, step):
+    quantized = quantize_step(weights, kind, step=step)
+    return quantized.codes, quantized.scales
+
+
+def test_rows_too_small_for_a_scale_with_many_digits(rng):
+    """Below 6e-5 f16 loses digits: the step is then a number that it holds."""
+    sizes = np.array([1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 3e-8])
+    weights = (rng.normal(0, 1, (6, 512)) * sizes[:, None]).astype(np.float32)
+    for hessian in (None, lambda slab: np.eye(512, dtype=np.float32)):
+        quantized = quantize_step(weights, EQ8, step=0.02, hessian=hessian)
+        back = quantized.codes * quantized.scales.reshape(-1, 1).astype(np.float64)
+        error = np.sqrt(((back - weights) ** 2).mean(axis=1))
+        # a step, or the next multiple of 2^-24, over sqrt(12)
+        widths = np.where(0.04 * sizes < 2.0**-14, np.ceil(0.04 * sizes * 2**24) * 2.0**-24, 0.04 * sizes)
+        assert (error <= widths / math.sqrt(12) * 1.1).all()
+
+
+def test_factors_are_bounded(rng):
+    shape = (1, 512)
+    some = {name: budget.Sensitivity(factor, np.ones(shape, np.float32)) for name, factor in (("a", 1e-9), ("b", 1.0), ("c", 1e9))}
+    one = profile(gaussian(rng))
+    survey = budget.Survey({name: one for name in some}, {}, {}, 0, some)
+    assert [survey.factor(name) for name in ("a", "b", "c", "no statistics")] == [1 / 8, 1, 8, 1]
 
 
 def test_a_stack_of_matrices(rng):
