@@ -81,16 +81,23 @@ def tensor_bits(path: Path) -> float:
     return sum(int(t.n_bytes) for t in tensors) * 8 / sum(int(t.n_elements) for t in tensors)
 
 
-def make_files(out: Path) -> dict[str, tuple[str, Path]]:
-    """name -> (family, file)."""
+def make_reference(out: Path) -> tuple[Path, Path]:
+    """Model folder without the grid, its F16 GGUF, and the texts."""
     hf = dithered_folder(out)
     text = english_text()
     (out / "scored.txt").write_text(text[: len(text) // 2], encoding="utf-8")
     (out / "calibration.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
     (out / "docstrings.txt").write_text(docstrings(), encoding="utf-8")
     reference = out / "F16.gguf"
-    script = runtime.conversion_path() / "convert_hf_to_gguf.py"
-    subprocess.run([sys.executable, str(script), str(hf), "--outfile", str(reference), "--outtype", "f16"], check=True, capture_output=True)
+    if not reference.is_file():
+        script = runtime.conversion_path() / "convert_hf_to_gguf.py"
+        subprocess.run([sys.executable, str(script), str(hf), "--outfile", str(reference), "--outtype", "f16"], check=True, capture_output=True)
+    return hf, reference
+
+
+def make_files(out: Path) -> dict[str, tuple[str, Path]]:
+    """Name -> (family, file)."""
+    hf, reference = make_reference(out)
     imatrix = out / "imatrix.gguf"
     if not imatrix.is_file():
         arguments = ["-m", reference, "-f", out / "calibration.txt", "-o", imatrix, "-c", "512", "--chunks", "40", "--process-output"]

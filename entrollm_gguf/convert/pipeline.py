@@ -229,7 +229,8 @@ def _choose(recipe: str, bits: float | None, size: int | None, calibration: Cali
     chosen = find_recipe(recipe)
     if calibration is not None and chosen.bits is None:
         raise ConversionError(f"{chosen.name} has a fixed grid and no use for calibration; it is for --bits, --size and recipes with bits")
-    return chosen, chosen.bits_for(calibration is not None)
+    # an importance matrix alone does not make up for fewer bits
+    return chosen, chosen.bits_for(calibration is not None and calibration.imatrix is None)
 
 
 def _check_arguments(bits: float | None, size: int | None, tile_cols: int | None) -> None:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""What each part of the rate quantizer brings: the same size with one part changed or left out. `python bench/ablation.py OUT_FOLDER RESULTS.json [BITS ...]`.
+
+Model, texts and measure are those of bench/quality.py, whose folder OUT_FOLDER may be. Parts are switched by the constants that hold them, so that the code has no switches for this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import quality
+
+from entrollm_gguf.convert import budget, pipeline, rate
+from entrollm_gguf.convert.rate import Calibration
+from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.perplexity import ReferenceLogits
+
+CHUNKS = 8
+
+
+@contextlib.contextmanager
+def changed(target, **values) -> Iterator[None]:
+    """Attributes of a module or class, for a while."""
+    with contextlib.ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+def folding_with(exponent: float):
+    """Another exponent of column equalisation."""
+    plan = rate.plan_folding
+    return changed(rate, plan_folding=lambda *args, **keywords: plan(*args, exponent=exponent, **keywords))
+
+
+def without_feedback():
+    """No Hessians."""
+    return changed(rate, _hessian=lambda name, basis: None)
+
+
+def embedding_with(factor: float):
+    """The embedding's step times a factor, beside what its sensitivity says."""
+    own = budget.Survey.factor
+    return changed(budget.Survey, factor=lambda self, name: own(self, name) * (factor if name == "token_embd.weight" else 1))
+
+
+VARIANTS = {
+    "all parts": contextlib.nullcontext,
+    "no column equalisation": lambda: folding_with(0.0),
+    "column equalisation, exponent 0.2": lambda: folding_with(0.2),
+    "column equalisation, exponent 0.4": lambda: folding_with(0.4),
+    "no error feedback": without_feedback,
+    "rows alike": lambda: changed(budget, _BETWEEN_ROWS=0.0),
+    "tensors alike": lambda: changed(budget, _BETWEEN_TENSORS=0.0),
+    "tensors by all their sensitivity": lambda: changed(budget, _BETWEEN_TENSORS=1.0),
+    "embedding's step x 0.8": lambda: embedding_with(0.8),
+    "embedding's step x 1.25": lambda: embedding_with(1.25),
+    "no EQ4": lambda: changed(budget, _WORTH_OF_EQ4=0.0),
+}
+
+
+def main() -> None:
+    """Make, measure, throw away."""
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: ablation.py OUT_FOLDER RESULTS.json [BITS ...]")
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    folder, reference_file = quality.make_reference(out)
+    calibration = Calibration(text=out / "calibration.txt")
+    rows = []
+    with ReferenceLogits(reference_file, out / "scored.txt", chunks=CHUNKS) as reference:
+        for bits in map(float, sys.argv[3:] or ["4"]):
+            for name, variant in VARIANTS.items():
+                path = out / "ablation.gguf"
+                with variant():
+                    report = pipeline.convert_model(folder, path, bits=bits, calibration=calibration, force=True)
+                result = reference.compare(path)
+                kinds = [t.type_name for t in report.tensors]
+                rows.append({"bits": bits, "variant": name, "bits_per_weight": quality.tensor_bits(path), "eq4": kinds.count("EQ4"), **dataclasses.asdict(result)})
+                print(f"{bits} {name:36} {rows[-1]['bits_per_weight']:.3f} bits per weight, {rows[-1]['eq4']} EQ4, KLD {result.kld_mean:.4f} +- {result.kld_error:.4f}", flush=True)
+                path.unlink()
+    data = {"rows": rows, "chunks": CHUNKS, "command": " ".join(sys.argv), "environment": environment()}
+    Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
