@@ -6,7 +6,8 @@ unit (8 for one column) that also fills the ring: the other loops around product
 Up to the last wait for copies it keeps the ring filled, once for 32 symbols: that is every unit of EQ8 and every other unit of EQ4. There,
 two small loops copy words; they count as often as a unit runs them, which follows from the bits per weight: one round of the first
 for four full word rows, one of the second for a ragged word row, taken as a tenth of all (lanes of 85 words that differ by some 5 %).
-Around them the shortest way is counted. The rest decodes and multiplies.
+What stands before, between and behind them counts as the shortest way from one to the next: into the first and past the second, and
+for a tenth of the units into the second; in the units between (EQ4) as the shortest way past all of it. The rest decodes and multiplies.
 
     python bench/gpu/instructions.py OBJECT [--json]
 
@@ -86,19 +87,21 @@ def unit_loop(code: list[tuple[int, str]], n_products: int) -> list[tuple[int, s
     fitting = []
     for body in loops(code):
         names = Counter(name_of(instruction) for _, instruction in body)
+        products = sum("IDP.4A.U8.S8" in instruction for _, instruction in body)  # look-ups multiply unsigned bytes only
         # the asynchronous copies of the ring stand in the fast loop alone
-        if names["IDP"] == n_products and names["LDGSTS"] > 0:
+        if products == n_products and names["LDGSTS"] > 0:
             fitting.append(body)
     return min(fitting, key=len, default=[])
 
 
-def shortest(code: list[tuple[int, str]], end: int) -> int:
-    """Instructions on the shortest way from the first to number `end`."""
+def shortest(code: list[tuple[int, str]], begin: int, end: int) -> int:
+    """Instructions on the shortest way from number `begin` to number `end`, without the latter. Branches behind `end` lead to it."""
     at = {address: i for i, (address, _) in enumerate(code)}
-    best = {0: 0}
-    for i, (_, text) in enumerate(code[:end]):  # branches backwards do not shorten anything
+    best = {begin: 0}
+    for i in range(begin, end):  # branches backwards do not shorten anything
         if i not in best:
             continue
+        text = code[i][1]
         match = re.search(r"\bBRA(?:\.\S+)?\s+.*?(0x[0-9a-f]+)", text)
         following = [] if match and not text.startswith("@") else [i + 1]
         if match and at.get(int(match[1], 16), -1) > i:
@@ -108,18 +111,28 @@ def shortest(code: list[tuple[int, str]], end: int) -> int:
     return best[end]
 
 
-def split(body: list[tuple[int, str]], code: list[tuple[int, str]], kind: str) -> tuple[int, float]:
+def split(body: list[tuple[int, str]], kind: str) -> tuple[int, float]:
     """Instructions that a unit runs to decode and multiply, and to fill the ring."""
-    last_wait = max(i for i, (_, instruction) in enumerate(body) if name_of(instruction) == "DEPBAR")
-    inside = {address for address, _ in body[: last_wait + 1]}
+    at = {address: i for i, (address, _) in enumerate(body)}
+    names = [name_of(instruction) for _, instruction in body]
+    commit = names.index("LDGDEPBAR")
+    end = max(i for i, name in enumerate(names) if name == "DEPBAR") + 1
+    # each copying loop: its first instruction, and the one behind it
+    inner = [(at[one[0][0]], at[one[-1][0]] + 1) for one in loops(body[:commit])]
+    copying = sorted((begin, behind) for begin, behind in inner if "LDGSTS" in names[begin:behind])
+    if len(copying) != 2 or "POPC" not in names[slice(*copying[1])] or shortest(body, *copying[0]) < copying[0][1] - copying[0][0]:
+        raise SystemExit(
+            f"{kind}: not a loop for full word rows and one for ragged ones before the copies are committed; the kernel has changed"
+        )
+    full, ragged = copying
+    without = shortest(body, full[1], commit)
+    around = shortest(body, 0, full[0]) + without + shortest(body, commit, end)
+    around += RAGGED * (shortest(body, full[1], ragged[0]) + shortest(body, ragged[1], commit) - without)
     n_rows = BITS[kind] * COLUMNS / 32
-    units = SYMBOLS_PER_FILL * {"EQ8": 1, "EQ4": 2}[kind] / COLUMNS
-    often = 0.0
-    for one in loops(code):
-        names = Counter(name_of(instruction) for _, instruction in one)
-        if names["LDGSTS"] and all(address in inside for address, _ in one):
-            often += len(one) * (n_rows * RAGGED if names["POPC"] else n_rows * (1 - RAGGED) / 4)
-    return len(body) - last_wait - 1, shortest(body, last_wait + 1) / units + often
+    rounds = (full[1] - full[0]) * n_rows * (1 - RAGGED) / 4 + (ragged[1] - ragged[0]) * n_rows * RAGGED
+    units = SYMBOLS_PER_FILL * {"EQ8": 1, "EQ4": 2}[kind] // COLUMNS
+    skipped = shortest(body, 0, end) if units > 1 else 0  # by the units between
+    return len(body) - end, (around + (units - 1) * skipped) / units + rounds
 
 
 def count(path: Path, cuobjdump: str = "cuobjdump") -> list[Loop]:
@@ -135,7 +148,7 @@ def count(path: Path, cuobjdump: str = "cuobjdump") -> list[Loop]:
             raise SystemExit(f"{path}: {function}: no loop over units; the kernel or the compiler has changed")
         names = Counter(name_of(instruction) for _, instruction in body)
         kind = {"500": "EQ8", "501": "EQ4"}[match[1]]
-        found.append(Loop(f"{kind} x {columns}", *split(body, code, kind), dict(names.most_common())))
+        found.append(Loop(f"{kind} x {columns}", *split(body, kind), dict(names.most_common())))
     return sorted(found, key=lambda loop: loop.kernel)
 
 

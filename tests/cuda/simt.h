@@ -384,6 +384,12 @@ ENTROPY_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 
 ENTROPY_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a*b + c; }
 
+template <uint32_t B>
+ENTROPY_DEVICE uint32_t high_byte_multiply_add(uint32_t a, uint32_t sum) {
+    static_assert(B < 256, "a byte");
+    return (a >> 24)*B + sum;
+}
+
 ENTROPY_DEVICE int32_t dot_u8_s8(uint32_t u, uint32_t s, int32_t sum) {
     for (int i = 0; i < 4; i++) {
         sum += (int32_t) (u >> 8*i & 255) * (int32_t) (int8_t) (s >> 8*i & 255);

@@ -60,8 +60,7 @@ struct entropy_ring {
     uint32_t lane_end;          // of this thread's lane
     uint32_t full_end;          // of the rows that every lane has, a multiple of 4 rows
     uint32_t end;               // of the longest lane
-    uint32_t asked = 0;         // end of the rows that were asked for
-    int32_t  ready = -n_ahead;  // positions up to here find all words of the next 32 codes in the ring
+    uint32_t asked = 0;         // end of the rows that were asked for; behind every position once all have landed
 
     ENTROPY_MEMBER entropy_ring(const entropy_tile & tile, uint32_t base, int n_lanes) : base(base), words(tile.words), length(tile.length) {
         const int lane = lane_id();
@@ -113,17 +112,18 @@ struct entropy_ring {
         const uint32_t before = asked;
         // A lane that is at a position has read all rows before it. Rows begin at multiples of 32, so the position need not be rounded.
         ask(warp_min(position) + size);
-        if (asked != before) {
-            async_commit();
-            async_wait<1>(); // all but what was asked for just now
-            ready = (int32_t) before - n_ahead;
-        }
-        if (warp_any((int32_t) position > ready)) {
+        // Also if nothing was asked for: an empty group costs less than to find out, and what has to land was asked for a call ago at
+        // the latest, as always.
+        async_commit();
+        async_wait<1>(); // all but what was asked for just now
+        if (warp_any((int32_t) position > (int32_t) before - n_ahead)) {
             if (asked < end && warp_any((int32_t) position > (int32_t) asked - n_ahead)) {
                 return false;
             }
             async_wait<0>();
-            ready = asked < end ? (int32_t) asked - n_ahead : INT32_MAX; // behind the end nothing is waited for
+            if (asked >= end) {
+                asked = 1 << 30; // behind every position: nothing is waited for any more
+            }
         }
         warp_sync(); // what one thread copied all may read
         return true;
@@ -177,9 +177,10 @@ struct entropy_direct {
 
 // ---- codes -------------------------------------------------------------------------------------------------------------------------
 
-// The table begins at 0, so index and bank (4 bytes a lane) are put together by an or.
+// Index (the first 8 bits) and bank (4 bytes a lane) are put together by a dot product of bytes: that is one instruction instead of a
+// shift and a mask, and of those that multiply, while shifts and masks are what there is most of here.
 ENTROPY_DEVICE uint32_t entropy_look_up(uint32_t bank, uint32_t window) {
-    return shared_read<uint32_t>((window >> 17 & 0x7F80) | bank);
+    return shared_read<uint32_t>(high_byte_multiply_add<ENTROPY_LANES*4>(window, bank));
 }
 
 ENTROPY_DEVICE uint32_t entropy_value(uint32_t window, uint32_t entry) {

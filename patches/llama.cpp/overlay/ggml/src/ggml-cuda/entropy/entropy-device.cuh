@@ -172,6 +172,19 @@ ENTROPY_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     return result;
 }
 
+// (a >> 24)*B + sum for a B below 256, in one instruction: the other three bytes are multiplied by zero
+template <uint32_t B>
+ENTROPY_DEVICE uint32_t high_byte_multiply_add(uint32_t a, uint32_t sum) {
+    static_assert(B < 256, "a byte");
+#if __CUDA_ARCH__ >= 610
+    uint32_t result;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(B << 24), "r"(sum));
+    return result;
+#else
+    return (a >> 24)*B + sum;
+#endif
+}
+
 // sum + products of four unsigned and four signed bytes
 ENTROPY_DEVICE int32_t dot_u8_s8(uint32_t u, uint32_t s, int32_t sum) {
 #if __CUDA_ARCH__ >= 610
