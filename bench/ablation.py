@@ -61,7 +61,6 @@ VARIANTS = {
     "tensors by all their sensitivity": lambda: changed(budget, _BETWEEN_TENSORS=1.0),
     "embedding's step x 0.8": lambda: embedding_with(0.8),
     "embedding's step x 1.25": lambda: embedding_with(1.25),
-    "no EQ4": lambda: changed(budget, _WORTH_OF_EQ4=0.0),
 }
 
 
@@ -79,11 +78,10 @@ def main() -> None:
             for name, variant in VARIANTS.items():
                 path = out / "ablation.gguf"
                 with variant():
-                    report = pipeline.convert_model(folder, path, bits=bits, calibration=calibration, force=True)
+                    pipeline.convert_model(folder, path, bits=bits, calibration=calibration, force=True)
                 result = reference.compare(path)
-                kinds = [t.type_name for t in report.tensors]
-                rows.append({"bits": bits, "variant": name, "bits_per_weight": quality.tensor_bits(path), "eq4": kinds.count("EQ4"), **dataclasses.asdict(result)})
-                print(f"{bits} {name:36} {rows[-1]['bits_per_weight']:.3f} bits per weight, {rows[-1]['eq4']} EQ4, KLD {result.kld_mean:.4f} +- {result.kld_error:.4f}", flush=True)
+                rows.append({"bits": bits, "variant": name, "bits_per_weight": quality.tensor_bits(path), **dataclasses.asdict(result)})
+                print(f"{bits} {name:36} {rows[-1]['bits_per_weight']:.3f} bits per weight, KLD {result.kld_mean:.4f} +- {result.kld_error:.4f}", flush=True)
                 path.unlink()
     data = {"rows": rows, "chunks": CHUNKS, "command": " ".join(sys.argv), "environment": environment()}
     Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from entrollm_gguf.calibrate.statistics import TensorStatistics
-from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.quant.fold import Folding
 from entrollm_gguf.quant.profile import Profile
@@ -26,10 +25,6 @@ FINEST, _COARSEST = 0.02, 6.0
 
 # How far sensitivity is believed, by measurement (docs/quantization.md): between the rows of a tensor wholly, between tensors by half.
 _BETWEEN_ROWS, _BETWEEN_TENSORS = 1.0, 0.5
-# Below this step no tensor's codes fit EQ4: 7 of them are less than two rms.
-_FINEST_EQ4 = 0.25
-_WORTH_OF_EQ4 = 1.0
-
 _LOOKS = 8  # at sizes with Huffman codes, until a step is found; 2 or 3 do as a rule
 
 _LARGEST = 8.0  # factors of rows and tensors lie within 1 / _LARGEST .. _LARGEST
@@ -83,7 +78,6 @@ class Survey:
     kept_shapes: dict[str, tuple[int, ...]]  # of the same, numpy order
     metadata_bytes: int  # everything in the file that is not a tensor's data
     sensitivities: dict[str, Sensitivity] = field(default_factory=dict)  # by GGUF name; some or all may have none
-    _chosen: dict[tuple, tuple[EntropyType, int]] = field(default_factory=dict, repr=False, compare=False)  # what `choose` found
 
     @property
     def n_weights(self) -> int:
@@ -101,40 +95,16 @@ class Survey:
         pairs = [(self.profiles[name].n_weights, math.log(one.factor)) for name, one in self.sensitivities.items()]
         return math.exp(sum(n * log for n, log in pairs) / sum(n for n, _ in pairs))
 
-    def choose(self, name: str, step: float, tile_cols: int | None = None) -> tuple[EntropyType, int]:
-        """The type of a tensor for the model's step, and its expected bytes.
-
-        EQ4 codes pairs, at which Huffman codes lose less, and has codes up to 7 only, for which rows with large weights pay with a wider step. It is taken where it needs fewer bits for the same error, half the
-        logarithm of the errors' ratio being what an error costs. It decodes to half the size of EQ8 and in half the time, for which it may take a little more.
-        """
-        key = name, step, tile_cols
-        if key not in self._chosen:
-            self._chosen[key] = _choose(self.profiles[name], step * self.factor(name), tile_cols)
-        return self._chosen[key]
-
     def tensor_bytes(self, step: float, tile_cols: int | None = None) -> int:
         """Expected bytes of all tensors."""
         with ThreadPoolExecutor() as pool:  # planning a code takes milliseconds, without the interpreter's lock
-            chosen = pool.map(lambda name: self.choose(name, step, tile_cols)[1], self.profiles)
-            return sum(self.kept.values()) + sum(chosen)
+            return sum(self.kept.values()) + sum(pool.map(lambda name: self.profiles[name].n_bytes(step * self.factor(name), tile_cols), self.profiles))
 
     def least_bytes(self, step: float, tile_cols: int | None = None) -> float:
         """The same if codes took no more than their entropy, in a hundredth of the time."""
         return sum(self.kept.values()) + sum(
             one.entropy_bits(step * self.factor(name)) / 8 + one.container_bytes(tile_cols) for name, one in self.profiles.items()
         )
-
-
-def _choose(one: Profile, step: float, tile_cols: int | None) -> tuple[EntropyType, int]:
-    n_bytes = one.n_bytes(step, tile_cols)
-    if step < _FINEST_EQ4:
-        return EntropyType.EQ8, n_bytes
-    ratio = one.error(step, EntropyType.EQ4) / max(one.error(step), 1e-300)
-    price = one.n_weights * math.log2(max(ratio, 1)) / 16
-    if price > 0.05 * n_bytes:  # more than pairs can gain
-        return EntropyType.EQ8, n_bytes
-    pairs = one.n_bytes(step, tile_cols, EntropyType.EQ4)
-    return (EntropyType.EQ4, pairs) if pairs + price <= n_bytes * _WORTH_OF_EQ4 else (EntropyType.EQ8, n_bytes)
 
 
 def target_bytes(survey: Survey, bits: float | None, size: int | None) -> int:

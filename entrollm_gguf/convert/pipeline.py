@@ -73,7 +73,7 @@ class PlannedTensor:
     """A line of a plan."""
 
     name: str
-    type_name: str  # "EQ8", "EQ4", or "kept"
+    type_name: str  # "EQ8", or "kept"
     shape: tuple[int, ...]  # numpy order
     n_bytes: int
 
@@ -172,7 +172,7 @@ def convert_model(
             survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress)
             target = target_bytes(survey, bits, size)
             step = step_for(survey, target, tile_cols)
-            encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step, tile_cols)), survey, target, step)
+            encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step)
         else:
             encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer]))
         with contextlib.closing(encoded):
@@ -213,10 +213,10 @@ def plan_model(
         basis = prepare(Path(model_dir), calibration, scratch, progress)
         survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
     step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
-    planned = []
-    for name, one in survey.profiles.items():
-        kind, n_bytes = survey.choose(name, step, tile_cols)
-        planned.append(PlannedTensor(name, kind.name, one.shape, n_bytes))
+    planned = [
+        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * survey.factor(name), tile_cols))
+        for name, one in survey.profiles.items()
+    ]
     planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]
     n_bytes = sum(one.n_bytes for one in planned)
     return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)

@@ -99,7 +99,7 @@ def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, pro
     return Basis(statistics, plan_folding(source.architecture, shapes, source.heads(), statistics, untouchable=outline.quantized))
 
 
-def treatments(survey: Survey, basis: Basis, step: float, tile_cols: int | None) -> Callable[[str], Treatment]:
+def treatments(survey: Survey, basis: Basis, step: float) -> Callable[[str], Treatment]:
     """What is done with each tensor, by GGUF name, for the model's step."""
 
     def find(name: str) -> Treatment:
@@ -113,7 +113,7 @@ def treatments(survey: Survey, basis: Basis, step: float, tile_cols: int | None)
             hessian=hessian,
         )
         room = 0 if hessian is None else workspace(survey.profiles[name].shape[-1])
-        return Treatment(survey.choose(name, step, tile_cols)[0], quantizer, room)
+        return Treatment(RATE.kind, quantizer, room)
 
     return find
 

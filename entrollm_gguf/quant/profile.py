@@ -42,14 +42,6 @@ class RowClass:
         between = np.interp((np.arange(-top, top) + 0.5) * self.width(step, top), self.edges, cumulated)
         return np.diff(np.concatenate([[0.0], between, cumulated[-1:]]))
 
-    def error(self, step: float, top: int) -> float:
-        """Expected sum of squared errors, in squared rms, of what the scale that fits the codes best leaves."""
-        edges = self.edges
-        x = (edges[1:] + edges[:-1]) / 2
-        codes = np.clip(np.rint(x / self.width(step, top)), -top, top)
-        energy = float(self.counts @ np.square(codes))
-        return float(self.counts @ np.square(x)) - float(self.counts @ (codes * x)) ** 2 / (energy or np.inf)
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -63,22 +55,12 @@ class Profile:
         """Number of weights."""
         return int(np.prod(self.shape, dtype=np.int64))
 
-    def symbol_counts(self, step: float, kind: EntropyType = EntropyType.EQ8) -> np.ndarray:
-        """Expected counts of the symbols, u64 (256,), if `quantize_step` runs with this step. Neighbours count as independent, which they are nearly."""
-        top = top_code(kind)
-        if kind is EntropyType.EQ8:
-            counts = np.zeros(256)
-            counts[128 - top : 128 + top + 1] = sum(one.code_counts(step, top) for one in self.classes)
-            return np.rint(counts).astype(np.uint64)
-        pairs = np.zeros((16, 16))  # odd column, even column
-        for one in self.classes:
-            codes = one.code_counts(step, top)
-            pairs[8 - top : 8 + top + 1, 8 - top : 8 + top + 1] += np.outer(codes, codes) / (2 * max(codes.sum(), 1))
-        return np.rint(pairs.reshape(256)).astype(np.uint64)
-
-    def error(self, step: float, kind: EntropyType = EntropyType.EQ8) -> float:
-        """Expected sum of squared errors, each in units of its row's squared rms (times factor)."""
-        return sum(one.error(step, top_code(kind)) for one in self.classes)
+    def symbol_counts(self, step: float) -> np.ndarray:
+        """Expected counts of the symbols of EQ8, u64 (256,), if `quantize_step` runs with this step."""
+        top = top_code(EntropyType.EQ8)
+        counts = np.zeros(256)
+        counts[128 - top : 128 + top + 1] = sum(one.code_counts(step, top) for one in self.classes)
+        return np.rint(counts).astype(np.uint64)
 
     def entropy_bits(self, step: float) -> float:
         """Entropy of the codes: what an ideal coder would need."""
@@ -86,13 +68,13 @@ class Profile:
         counts = counts[counts > 0].astype(np.float64)
         return float(counts.sum() * np.log2(counts.sum()) - counts @ np.log2(counts))
 
-    def coded_bits(self, step: float, kind: EntropyType = EntropyType.EQ8) -> int:
+    def coded_bits(self, step: float) -> int:
         """Expected size of the Huffman codes."""
-        return codec.plan_code(self.symbol_counts(step, kind)).n_bits
+        return codec.plan_code(self.symbol_counts(step)).n_bits
 
-    def n_bytes(self, step: float, tile_cols: int | None = None, kind: EntropyType = EntropyType.EQ8) -> int:
+    def n_bytes(self, step: float, tile_cols: int | None = None) -> int:
         """Expected size in the file."""
-        return self.coded_bits(step, kind) // 8 + self.container_bytes(tile_cols)
+        return self.coded_bits(step) // 8 + self.container_bytes(tile_cols)
 
     def container_bytes(self, tile_cols: int | None = None) -> int:
         """What comes on top of the codes: padding of the lanes to whole words, index, scales, table (docs/format.md 5)."""
