@@ -78,6 +78,7 @@ class Survey:
     kept_shapes: dict[str, tuple[int, ...]]  # of the same, numpy order
     metadata_bytes: int  # everything in the file that is not a tensor's data
     sensitivities: dict[str, Sensitivity] = field(default_factory=dict)  # by GGUF name; some or all may have none
+    heads: tuple[int, int] | None = None  # query and key-value heads of a layer
 
     @property
     def n_weights(self) -> int:
@@ -87,7 +88,9 @@ class Survey:
     def factor(self, name: str) -> float:
         """What the model's step is multiplied by for a tensor. On average, in logarithms and by weights, it is about 1."""
         if name not in self.sensitivities:
-            return 1.0
+            # an error in a value counts once for each head that shares it
+            shared = self.heads is not None and name.endswith(".attn_v.weight")
+            return math.sqrt(self.heads[1] / self.heads[0]) if shared else 1.0
         return min(max(self.sensitivities[name].factor / self._mean_factor, 1 / _LARGEST), _LARGEST)
 
     @functools.cached_property

@@ -201,7 +201,7 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
     # a header of the same tensors without their data; each takes its name, shape, type and place
     source.write_file(metadata(RATE, tuple(records), basis), 0, scratch)
     infos = sum(len(record.name.encode()) + 8 + 4 + 8 * len(record.shape) + 4 + 8 for record in records)
-    return Survey(profiles, kept, kept_shapes, scratch.stat().st_size + infos + 32 * (len(records) + 1), sensitivities)
+    return Survey(profiles, kept, kept_shapes, scratch.stat().st_size + infos + 32 * (len(records) + 1), sensitivities, source.heads())
 
 
 def metadata(recipe: Recipe, records: tuple[TensorRecord, ...], basis: Basis) -> dict[str, Any]:

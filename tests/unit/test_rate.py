@@ -102,6 +102,10 @@ def test_factors_are_bounded(rng):
     one = profile(gaussian(rng))
     survey = budget.Survey({name: one for name in some}, {}, {}, 0, some)
     assert [survey.factor(name) for name in ("a", "b", "c", "no statistics")] == [1 / 8, 1, 8, 1]
+    # values that four heads share
+    for heads, factor in (((8, 2), 0.5), ((8, 8), 1), (None, 1)):
+        survey = budget.Survey({}, {}, {}, 0, {}, heads)
+        assert survey.factor("blk.3.attn_v.weight") == factor and survey.factor("blk.3.attn_q.weight") == 1
 
 
 def test_a_stack_of_matrices(rng):
