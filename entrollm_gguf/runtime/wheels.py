@@ -29,6 +29,7 @@ TOOLS = {
     "llama-quantize": "llama-quantize",
     "llama-imatrix": "llama-imatrix",
     "llama-gguf-split": "llama-gguf-split",
+    "llama-export-lora": "llama-export-lora",
     "llama-tokenize": "llama-tokenize",
     "rpc-server": "ggml-rpc-server",
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,9 @@ from entrollm_gguf.eval.chat import Chat
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.verify import verify_file
+from entrollm_gguf.runtime import tree
+from entrollm_gguf.runtime.fetch import fetch_sdist
+from entrollm_gguf.runtime.pin import read_pin
 
 
 def write_gguf(path, n_experts: int = 3, tail: bool = False, alignment: int | None = None):
@@ -139,6 +143,17 @@ def test_loading_a_damaged_file_is_refused(converted, tmp_path):
     assert "invalid decode table" in completion.stderr and entry.name in completion.stderr
 
 
+@pytest.mark.parametrize("mode, said", [("", "decoded"), ("fused", "stay as they are")])
+def test_the_mode_is_told_by_default(converted, monkeypatch, mode, said):
+    """One line, at the tools' own verbosity, on stderr; the other lines of libllama stay hidden."""
+    monkeypatch.setenv("GGML_ENTROPY_MODE", mode)
+    command = [runtime.tool("llama-completion"), "-m", converted("mistral", "EQ8-mixed"), "-p", "a", "-n", "1", "-no-cnv", "--no-warmup"]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    lines = [line for line in result.stderr.splitlines() if "llama_entropy:" in line]
+    assert result.returncode == 0 and len(lines) == 1 and said in lines[0], result.stderr
+    assert "llama_entropy" not in result.stdout and "llama_model_loader" not in result.stderr
+
+
 def test_modes(converted):
     path = converted("mistral", "EQ8-mixed")
     command = [runtime.tool("llama-completion"), "-m", path, "-p", "a", "-n", "1", "-no-cnv", "--no-warmup"]
@@ -169,6 +184,28 @@ def test_llama_quantize_refuses(converted, tmp_path):
     )
     assert result.returncode != 0
     assert "entrollm decode" in result.stderr + result.stdout
+
+
+def test_llama_export_lora_refuses(converted, tmp_path):
+    out = tmp_path / "merged.gguf"
+    command = [runtime.tool("llama-export-lora"), "-m", converted("mistral", "EQ8-mixed"), "--lora", tmp_path / "none.gguf", "-o", out]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and not out.exists()
+    assert "is entropy-coded: decode the file first with `entrollm decode`" in result.stderr + result.stdout
+
+
+def test_stock_tools_refuse_by_themselves(tmp_path):
+    """gguf-py of the pinned source, without our patches, meets our ids with its own words."""
+    path = tmp_path / "a.gguf"
+    write_gguf(path)
+    pin = read_pin()
+    stock = tree.unpacked_source(fetch_sdist(pin), pin) / tree.LLAMA_CPP / "gguf-py"
+    # isolated: neither the patched package nor PYTHONPATH comes first
+    code = f"import sys; sys.path.insert(0, {str(stock)!r}); import gguf; print(gguf.__file__); gguf.GGUFReader({str(path)!r})"
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0 and result.stdout.startswith(str(stock))
+    # some versions of numpy write np.uint32(500)
+    assert re.fullmatch(r"ValueError: .*\b500\b.* is not a valid GGMLQuantizationType", result.stderr.rstrip().splitlines()[-1])
 
 
 def test_every_way_to_load(converted, tmp_path):
