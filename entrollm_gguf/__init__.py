@@ -13,12 +13,15 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "convert_model": "entrollm_gguf.convert.pipeline",
     "plan_model": "entrollm_gguf.convert.pipeline",
+    "Calibration": "entrollm_gguf.convert.rate",
     "decode_file": "entrollm_gguf.inspect.decode",
     "inspect_file": "entrollm_gguf.inspect.report",
+    "plot_file": "entrollm_gguf.inspect.plot",
     "verify_file": "entrollm_gguf.inspect.verify",
     "measure_perplexity": "entrollm_gguf.eval.perplexity",
     "measure_speed": "entrollm_gguf.eval.bench",
     "Chat": "entrollm_gguf.eval.chat",
+    "run_demo": "entrollm_gguf.eval.demo",
     "build_runtime": "entrollm_gguf.runtime",
     "runtime_info": "entrollm_gguf.runtime",
 }

@@ -28,16 +28,16 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("EQ8", EntropyType.EQ8, "step", "quality of Q8_0: 7.25 bits per weight, 6.25 with calibration", 7.25, 6.25),
+        Recipe("EQ8", EntropyType.EQ8, "step", "close to Q8_0 in quality: 7.25 bits per weight, 6.25 with calibration", 7.25, 6.25),
         *(
-            Recipe(f"EQ8-{bits}", EntropyType.EQ8, "step", f"{bits} bits per weight, {like}", bits)
-            for bits, like in (
-                (6.0, "between Q6_K and Q5_K_M"),
-                (5.0, ""),
-                (4.5, ""),
-                (4.0, ""),
-                (3.5, ""),
-                (3.0, "the smallest"),
+            Recipe(f"EQ8-{bits}", EntropyType.EQ8, "step", f"{bits} bits per weight; {hint}", bits)
+            for bits, hint in (
+                (6.0, "better with calibration"),
+                (5.0, "better with calibration"),
+                (4.5, "better with calibration"),
+                (4.0, "better with calibration"),
+                (3.5, "better with calibration; the loss shows"),
+                (3.0, "the smallest; better with calibration, the loss is large"),
             )
         ),
         Recipe("EQ8-paper", EntropyType.EQ8, "paper", "EntroLLM uint8, published sign rule, one scale per tensor"),

@@ -75,9 +75,12 @@ def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarr
     shape = tuple(data.shape)
     if data.dtype == np.uint8:
         shape = tuple(gguf.quant_shape_from_byte_shape(shape, ggml_type))
-    elif data.dtype in (np.float32, np.float16) and np.isnan(data).any():
-        # infinities are legal in masks and rope factors; NaN never is
-        raise ConversionError(f"tensor {name}: a weight is NaN; the checkpoint is damaged or its training diverged")
+    elif data.dtype in (np.float32, np.float16):
+        if np.isnan(data).any():
+            raise ConversionError(f"tensor {name}: a weight is NaN; the checkpoint is damaged or its training diverged")
+        # infinities are legal in masks and rope factors, never where every activation passes
+        if ("_norm" in name or name.endswith(".bias")) and np.isinf(data).any():
+            raise ConversionError(f"tensor {name}: a weight is infinite; the checkpoint is damaged or its training diverged")
     data = np.ascontiguousarray(data)
     record = TensorRecord(name, types(ggml_type).name, shape, data.nbytes, "as llama.cpp writes it")
     return data.reshape(-1).view(np.uint8), record, ggml_type

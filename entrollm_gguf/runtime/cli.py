@@ -22,7 +22,10 @@ def runtime() -> None:
     """Build the patched llama.cpp, and show what is installed."""
 
 
-@runtime.command(epilog="\b\nExamples:\n  entrollm runtime build\n  entrollm runtime build --cuda --cuda-arch 89\n")
+@runtime.command(
+    short_help="Build the patched llama.cpp and install it.",
+    epilog="\b\nExamples:\n  entrollm runtime build\n  entrollm runtime build --cuda --cuda-arch 89\n",
+)
 @click.option("--cuda", is_flag=True, help="With the CUDA backend; needs the CUDA toolkit.")
 @click.option("--cuda-arch", default="native", show_default=True, help="CUDA architectures, as CMAKE_CUDA_ARCHITECTURES takes them.")
 @click.option("--jobs", type=click.IntRange(min=1), default=lambda: os.cpu_count(), help="Parallel compilations; all cores by default.")
@@ -48,7 +51,7 @@ def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | No
         )
 
 
-@runtime.command()
+@runtime.command(short_help="Tell what is installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool) -> None:
     """Tell what is installed, and whether it matches the patches of this checkout."""
@@ -71,7 +74,7 @@ def info(as_json: bool) -> None:
     click.echo(f"programs  {', '.join(installed.programs)}")
 
 
-@runtime.command()
+@runtime.command(short_help="For developers: write the patched tree as a git repository.")
 @click.argument("folder", type=click.Path(path_type=Path))
 def tree(folder: Path) -> None:
     """For developers: write the llama.cpp tree with all patches as a git repository.
@@ -84,7 +87,7 @@ def tree(folder: Path) -> None:
     click.echo(f"{folder}: edit and commit, then `entrollm runtime export {folder}`")
 
 
-@runtime.command()
+@runtime.command(short_help="For developers: write such a tree back as patches.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def export(folder: Path) -> None:
     """For developers: write the commits of a tree back as patches, and its overlay files back to the overlay."""

@@ -10,7 +10,9 @@ import time
 
 import pytest
 
+import entrollm_gguf
 from entrollm_gguf.cli import _COMMANDS, main
+from entrollm_gguf.convert.recipes import RECIPES
 
 
 def test_help_of_every_command(capsys):
@@ -21,8 +23,21 @@ def test_help_of_every_command(capsys):
         assert main([name, "--help"]) == 0
         page = capsys.readouterr().out
         assert page.startswith("Usage: entrollm") and len(page.splitlines()) > 5
+    main(["runtime", "--help"])
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]  # lines that click cut
     for sub in ("build", "info", "tree", "export"):
         assert main(["runtime", sub, "--help"]) == 0
+
+
+def test_every_export_is_there():
+    for name in entrollm_gguf.__all__:
+        assert getattr(entrollm_gguf, name)
+    assert {"Calibration", "convert_model", "plot_file", "run_demo"} <= set(entrollm_gguf.__all__)
+
+
+def test_recipes_have_whole_sentences():
+    for recipe in RECIPES.values():
+        assert recipe.summary == recipe.summary.strip(" ,;"), recipe.name
 
 
 def test_top_level_help_imports_nothing_heavy():

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from entrollm_gguf.cli import main
 from entrollm_gguf.convert import tensor
 from entrollm_gguf.convert.encode import Unquantizable
+from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.output import SpillFile
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,10 +87,20 @@ def test_not_finite_weights(model, out, capsys, value, part, gguf_name):
     assert nothing_left(out)
 
 
-def test_nan_in_a_norm(model, out, capsys):
-    damage_weights(model, "layers.0.input_layernorm", float("nan"))
-    expect_error(capsys, ["convert", model, out], "blk.0.attn_norm.weight", "NaN")
+@pytest.mark.parametrize("value, said", [(float("nan"), "NaN"), (float("-inf"), "infinite")])
+def test_not_finite_norms(model, out, capsys, value, said):
+    damage_weights(model, "layers.0.input_layernorm", value)
+    expect_error(capsys, ["convert", model, out], "blk.0.attn_norm.weight", said)
     assert nothing_left(out)
+
+
+def test_infinities_are_legal_in_masks_alone():
+    data = np.array([0, -np.inf], np.float32)
+    _, record, _ = tensor._as_is("rope_factors.weight", data, None)
+    assert record.n_bytes == data.nbytes
+    for name in ("blk.0.attn_q.bias", "blk.0.attn_q_norm.weight", "output_norm.bias"):
+        with pytest.raises(ConversionError, match=rf"{name}.*infinite"):
+            tensor._as_is(name, data, None)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
