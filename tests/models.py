@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tiny random models of many architectures, made from transformers' own configurations.
 
-Widths are multiples of 32 but mostly not of 256, row counts mostly not of 32. Tokenizers: a SentencePiece model trained on the spot, or SmolLM2's byte-level BPE, which
+Widths are multiples of 32 but mostly not of 256. Rows are no multiple of 32 in the vocabulary of 500 tokens, and in keys and values of mistral. Tokenizers: a SentencePiece model trained on the spot, or SmolLM2's byte-level BPE, which
 llama.cpp's converter recognises.
 """
 
@@ -33,14 +33,15 @@ def _spm_special() -> dict[str, int]:
 
 # name -> (config class, model class, tokenizer, arguments)
 _SPECS: dict[str, tuple[str, str, str, dict]] = {
-    # width 576 = 2 x 256 + 64; 3 key-value heads; 1000 rows in the feed-forward, no multiple of 32
+    # width 576 = 2 x 256 + 64; 3 key-value heads; 1056 rows in the feed-forward, no multiple of 64
     "llama": (
         "LlamaConfig", "LlamaForCausalLM", "spm",
         {"hidden_size": 576, "intermediate_size": 1024 + 32, "num_attention_heads": 9, "num_key_value_heads": 3},
     ),
+    # 48 rows of keys and values, no multiple of 32
     "mistral": (
         "MistralConfig", "MistralForCausalLM", "spm",
-        {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+        {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 48},
     ),
     # fused qkv and gate/up
     "phi3": (
