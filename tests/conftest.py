@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+
+# ggml's threads wait for each other by spinning. Where two workers with two threads each share two cores, that is most of the time:
+# test_every_way_to_load takes 25 s with it and 2 s without, on a busy machine. Read when an OpenMP library is loaded, ours or torch's.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference`, `models` and the like by name
 
