@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 
 import numpy as np
@@ -16,6 +17,12 @@ from entrollm_gguf.codec import EntropyType
 
 # relative to the sum of absolute products: f32 rounding of sums of up to 4096 products
 BOUND = 2e-6
+
+
+def program() -> list[str]:
+    """The command that runs test-entropy-ops; ENTROLLM_OPS_COMMAND names another build of it (tests/neon/run.py)."""
+    given = os.environ.get("ENTROLLM_OPS_COMMAND")
+    return shlex.split(given) if given else [str(runtime.tool("test-entropy-ops"))]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def weights_of(one: Made) -> np.ndarray:
 
 def run(case_file, level: str, *threads: int) -> tuple[str, np.ndarray]:
     out = case_file.with_name(f"{level}.f32")
-    command = [runtime.tool("test-entropy-ops"), case_file, out, *map(str, threads)]
+    command = [*program(), case_file, out, *map(str, threads)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GGML_ENTROPY_KERNEL": level}, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, np.fromfile(out, np.float32)
@@ -65,7 +72,7 @@ def test_every_level_against_numpy(made, case_file, level, threads):
 
 def test_the_best_level_is_the_default(case_file):
     environment = {key: value for key, value in os.environ.items() if key != "GGML_ENTROPY_KERNEL"}
-    command = [runtime.tool("test-entropy-ops"), case_file, case_file.with_name("default.f32")]
+    command = [*program(), case_file, case_file.with_name("default.f32")]
     assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.startswith("kernel generic")
     unknown = subprocess.run(command, capture_output=True, text=True, env={**environment, "GGML_ENTROPY_KERNEL": "none"})
     assert unknown.stdout.startswith("kernel generic") and "GGML_ENTROPY_KERNEL=none" in unknown.stderr
