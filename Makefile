@@ -9,11 +9,13 @@ STAMP  := $(VENV)/.installed
 GPU_PACK := build/gpu/entrollm-gpu.tar.xz
 GPU_OUT  ?= build/gpu/out
 TEST_WORKERS ?= 2
+FUZZ_MINUTES ?= 5
 
-.PHONY: help venv runtime demo test test-asan test-tsan bench-micro bench-memory bench-quality cuda-objects gpu-pack gpu-run lint clean
+.PHONY: help venv runtime demo test test-asan test-tsan test-neon test-upstream fuzz
+.PHONY: bench-micro bench-e2e bench-memory bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 venv: $(STAMP) ## Python environment with all dependencies
 
@@ -39,9 +41,24 @@ test-asan: runtime ## codec, ops and loader on damaged files, under AddressSanit
 test-tsan: runtime ## ops with several threads, under ThreadSanitizer
 	bash tests/sanitizers/run.sh $(BIN) thread
 
+test-neon: runtime ## codec and CPU ops for aarch64, cross-compiled, under qemu-user (no NEON kernels yet: the portable ones)
+	$(BIN)/python tests/neon/run.py
+
+test-upstream: runtime ## all of upstream's test-backend-ops on the CPU; a quarter of an hour, so no part of `test` and CI; build/test-upstream.log
+	@mkdir -p build
+	@$$($(BIN)/python -c 'from entrollm_gguf import runtime; print(runtime.tool("test-backend-ops"))') test -b CPU > build/test-upstream.log; \
+	    code=$$?; grep -a "FAIL" build/test-upstream.log; tail -n 3 build/test-upstream.log; exit $$code
+
+fuzz: runtime ## damaged files and random codes with fresh seeds for FUZZ_MINUTES (5), under AddressSanitizer and UBSan
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_MINUTES)
+
 bench-micro: runtime ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
 	@mkdir -p build/bench
 	$(BIN)/python bench/kernels.py build/bench/kernels.json
+
+bench-e2e: runtime ## llama-bench over stock types and ours in load and fused mode, in alternating rounds; build/bench/e2e.json
+	@mkdir -p build/bench
+	$(BIN)/python bench/e2e.py build/bench/e2e.json
 
 bench-memory: runtime ## resident memory of fused mode against the compressed size; build/bench/memory.json
 	@mkdir -p build/bench
@@ -50,6 +67,10 @@ bench-memory: runtime ## resident memory of fused mode against the compressed si
 bench-quality: runtime ## size against quality, stock types and ours; takes an hour; build/bench/quality.json and docs/quality.*
 	@mkdir -p build/bench
 	$(BIN)/python bench/quality.py build/quality build/bench/quality.json
+
+bench-build: $(STAMP) ## build time of the runtime beside a stock llama-cpp-python, both from nothing; half an hour; build/bench/build-time.json
+	@mkdir -p build/bench
+	$(BIN)/python bench/build_time.py build/bench/build-time.json
 
 cuda-objects: runtime ## CUDA sources compiled for all architectures, instructions counted, kernels run on the CPU; needs nvcc, no GPU
 	$(BIN)/python bench/gpu/objects.py build/bench/cuda-instructions.json
