@@ -7,6 +7,7 @@ Decoded weights are bit-exact. Sums of products differ from f64 by the rounding 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,47 @@ def test_products(kernels, rng, case):
 def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
     one = make(Case(kind, 40, 96, n_columns, offset=offset), rng)
     check(one, kernels.mat_vec(weights(one), one.columns))
+
+
+def check_pair(kernels, one: Made, other: Made, **options) -> None:
+    """One launch for both matrices, in both orders: each against its own right result."""
+    other.columns, other.ids = one.columns, one.ids
+    for first, second in ((one, other), (other, one)):
+        got = kernels.mat_vec_pair(weights(first), weights(second), one.columns, one.ids, **options)
+        check(first, got[0])
+        check(second, got[1])
+
+
+# rows of the second matrix: fewer, more, of the same number; the last row group full and not. A group of the wrong matrix shows: codes, scales and tables differ.
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("n_columns", range(1, 9))
+def test_two_matrices_in_one_launch(kernels, rng, kind, n_columns):
+    n_rows = (40, 64, 1, 96, 33, 31, 32, 100)[n_columns - 1]
+    case = Case(kind, 40, 96, n_columns)
+    check_pair(kernels, make(case, rng), make(replace(case, n_rows=n_rows, codes="uniform"), rng))
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("n_columns", [1, 6])
+@pytest.mark.parametrize("offsets", [("row", "row"), ("none", "row"), ("one", "none")], ids=str)
+def test_two_matrices_with_offsets(kernels, rng, kind, n_columns, offsets):
+    """Columns take their second term if either matrix has offsets. Tiles and row lengths as in a model, several slices to a warp."""
+    case = Case(kind, 33, 1120, n_columns, offset=offsets[0], tile_cols=128)
+    check_pair(kernels, make(case, rng), make(replace(case, n_rows=70, offset=offsets[1], tile_cols=256), rng), n_warps=3)
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("n_tokens", range(1, 9))
+def test_experts_of_two_matrices(kernels, rng, kind, n_tokens):
+    """Gate and up of a MoE: an expert of each for every token and slot; odd numbers of tokens share a column between their slots."""
+    case = Case(kind, 33, 64, n_tokens, n_slabs=5, n_used=2, offset="row" if n_tokens > 4 else "none")
+    check_pair(kernels, make(case, rng), make(replace(case, n_rows=20 + 15 * n_tokens, codes="escapes"), rng))
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+def test_stacks_of_two_matrices(kernels, rng, kind):
+    case = Case(kind, 40, 96, 3, n_slabs=3, planes=2)
+    check_pair(kernels, make(case, rng), make(replace(case, n_rows=65), rng))
 
 
 @pytest.mark.parametrize(
