@@ -3,7 +3,7 @@
 // The entropy kernels by themselves on a GPU: right first, then fast. Built in a minute with nvcc and the C codec; nothing of llama.cpp's CUDA
 // backend is needed.
 //
-//     harness check [JSON]     every shape class against the CPU: weights bit-exact, products within a bound
+//     harness check            every shape class against the CPU: weights bit-exact, products within a bound; two matrices in a launch, experts
 //     harness small            a few small cases, for compute-sanitizer
 //     harness table JSON       Gweights/s and GB/s of the mat-vec and of decoding rows, by shape, type, bits and tile_cols
 //
@@ -11,6 +11,10 @@
 
 #include "entropy/entropy-launch.cuh"
 #include "payload.h"
+
+#if !defined(__CUDACC__)
+#include "cuda-on-host.h" // tests/cuda: `harness small` on the CPU
+#endif
 
 #include <cmath>
 #include <cstdio>
@@ -34,9 +38,13 @@ static entropy_tuning tuning;
 struct gpu_launcher {
     template <typename Args>
     void operator()(void (*kernel)(Args), dim3 grid, int n_threads, int n_shared, const Args & args) const {
+#if defined(__CUDACC__)
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) tuning.shared_size));
         kernel<<<grid, n_threads, n_shared>>>(args);
         CHECK(cudaGetLastError());
+#else
+        simt::launch(kernel, grid, (uint32_t) n_threads, (size_t) n_shared, args);
+#endif
     }
 };
 
@@ -53,6 +61,9 @@ struct device_array {
     device_array(const device_array &) = delete;
     device_array(device_array && other) : data(other.data), size(other.size) { other.data = nullptr; }
     ~device_array() { cudaFree(data); }
+
+    // All bits set, floats that are no numbers: what a kernel forgets to write shows.
+    void forget() { CHECK(cudaMemset(data, 0xFF, size*sizeof(T))); }
 
     std::vector<T> host() const {
         std::vector<T> to(size);
@@ -100,27 +111,70 @@ struct vectors {
         x(x), y(n_columns*m.n_rows), blocks(entropy_columns::n_blocks(n_columns, m.n_cols)), n_columns(n_columns) {}
 };
 
+// One launch: a matrix or two of the same type; with ids the experts of each, `stride` bytes apart. All pointers are the device's.
+struct product {
+    ggml_type       type;
+    int64_t         n_cols;
+    const uint8_t * payload[2];
+    int64_t         stride[2], n_rows[2]; // n_rows[1] = 0: one matrix
+    float         * y[2];                 // [n2][n1 or n_slots][n_rows]
+    const float   * x;                    // [n2][n1][n_cols]
+    int64_t         n1, n2;
+    const int32_t * ids;                  // [n2][n_slots] or nullptr
+    int64_t         n_slots, n_experts;
+    entropy_block * blocks;
+};
+
 template <ggml_type TYPE>
-static void run_mat_vec(const matrix & m, const uint8_t * payload, const vectors & v) {
-    const entropy_columns columns = { v.blocks.data, v.n_columns, (int) m.n_cols };
-    entropy_launch_quantize<TYPE>(gpu_launcher(), { { payload, payload }, { v.x.data, v.n_columns, 1, m.n_cols, 0, 0 }, columns });
+static void run_mat_vec(const product & p) {
+    const bool two = p.n_rows[1] > 0;
+    const entropy_columns columns = { p.blocks, p.n1*p.n2, (int) p.n_cols };
+    entropy_launch_quantize<TYPE>(gpu_launcher(), { { p.payload[0], p.payload[two] }, { p.x, p.n1, p.n2, p.n_cols, p.n_cols*p.n1, 0 }, columns });
     entropy_mat_vec_args args = {};
-    args.payload[0] = payload;
-    args.y[0]       = v.y.data;
-    args.y1[0]      = m.n_rows;
-    args.columns    = columns;
-    args.n1      = v.n_columns;
-    args.n2      = 1;
+    for (int i = 0; i < 2; i++) {
+        const int from = two ? i : 0;
+        args.payload[i]     = p.payload[from];
+        args.slab_stride[i] = p.stride[from];
+        args.y[i]           = p.y[from];
+        args.y1[i]          = p.n_rows[from];
+        args.y2[i]          = p.ids != nullptr ? p.n_rows[from] : p.n_rows[from]*p.n1;
+        args.y3[i]          = p.ids != nullptr ? p.n_rows[from]*p.n_slots : 0;
+    }
+    args.columns = columns;
+    args.n1      = p.n1;
+    args.n2      = p.n2;
     args.planes_per_slab = 1;
-    entropy_launch_mat_vec<TYPE>(gpu_launcher(), args, (int) v.n_columns, { m.n_rows, 0 }, 1, 1, tuning);
+    if (p.ids != nullptr) {
+        args.ids       = p.ids;
+        args.ids_s0    = 1;
+        args.ids_s1    = p.n_slots;
+        args.n_experts = (int) p.n_experts;
+        entropy_launch_mat_vec<TYPE>(gpu_launcher(), args, 1, p.n_rows, p.n_slots, p.n2, tuning);
+    } else {
+        entropy_launch_mat_vec<TYPE>(gpu_launcher(), args, (int) p.n1, p.n_rows, p.n2, 1, tuning);
+    }
+}
+
+static void mat_vec(const product & p) {
+    if (p.type == GGML_TYPE_EQ8) {
+        run_mat_vec<GGML_TYPE_EQ8>(p);
+    } else {
+        run_mat_vec<GGML_TYPE_EQ4>(p);
+    }
 }
 
 static void mat_vec(const matrix & m, const uint8_t * payload, const vectors & v) {
-    if (m.type == GGML_TYPE_EQ8) {
-        run_mat_vec<GGML_TYPE_EQ8>(m, payload, v);
-    } else {
-        run_mat_vec<GGML_TYPE_EQ4>(m, payload, v);
-    }
+    product p = {};
+    p.type       = m.type;
+    p.n_cols     = m.n_cols;
+    p.payload[0] = payload;
+    p.n_rows[0]  = m.n_rows;
+    p.y[0]       = v.y.data;
+    p.x          = v.x.data;
+    p.n1         = v.n_columns;
+    p.n2         = 1;
+    p.blocks     = v.blocks.data;
+    mat_vec(p);
 }
 
 static void decode(const matrix & m, const uint8_t * payload, ggml_type plain, size_t row_size, uint8_t * to) {
@@ -143,6 +197,34 @@ static void expect(bool right, const matrix & m, const char * what, double error
     }
 }
 
+// Columns whose quantization loses nothing, integers times a power of two: sums may only round.
+static std::vector<float> exact_columns(int64_t n_columns, int64_t n_cols) {
+    std::vector<float> x(n_columns*n_cols);
+    std::mt19937 generator((uint32_t) n_columns);
+    for (size_t i = 0; i < x.size(); i++) {
+        x[i] = (i%32 == 0 ? 127 : (int) (generator()%255) - 127)*0.0078125f;
+    }
+    return x;
+}
+
+// Of a column of results, relative to the sum of absolute products; infinite if one is no number.
+static double error_of(const std::vector<float> & w, int64_t n_rows, int64_t n_cols, const float * x, const float * y) {
+    double worst = 0;
+    for (int64_t r = 0; r < n_rows; r++) {
+        double sum = 0, size = 1e-30;
+        for (int64_t k = 0; k < n_cols; k++) {
+            const double product = (double) w[r*n_cols + k]*x[k];
+            sum  += product;
+            size += std::fabs(product);
+        }
+        const double error = std::fabs(y[r] - sum)/size;
+        worst = std::max(worst, std::isnan(error) ? INFINITY : error);
+    }
+    return worst;
+}
+
+static constexpr double BOUND = 2e-6; // what f32 rounds
+
 static void check_matrix(const matrix & m, const std::vector<int64_t> & all_columns) {
     const std::vector<float> w = weights_of(m);
     const device_array<uint8_t> payload(m.payload);
@@ -150,29 +232,17 @@ static void check_matrix(const matrix & m, const std::vector<int64_t> & all_colu
     std::memcpy(&header, m.payload.data(), sizeof(header));
 
     for (const int64_t n_columns : all_columns) {
-        // integers times a power of two: quantizing loses nothing, sums may only round
-        std::vector<float> x(n_columns*m.n_cols);
-        std::mt19937 generator((uint32_t) n_columns);
-        for (size_t i = 0; i < x.size(); i++) {
-            x[i] = (i%32 == 0 ? 127 : (int) (generator()%255) - 127)*0.0078125f;
-        }
-        const vectors v(m, n_columns, x);
+        const std::vector<float> x = exact_columns(n_columns, m.n_cols);
+        vectors v(m, n_columns, x);
+        v.y.forget();
+        v.blocks.forget();
         mat_vec(m, payload.data, v);
         const std::vector<float> y = v.y.host();
         double worst = 0;
         for (int64_t c = 0; c < n_columns; c++) {
-            for (int64_t r = 0; r < m.n_rows; r++) {
-                double sum = 0, size = 1e-30;
-                for (int64_t k = 0; k < m.n_cols; k++) {
-                    const double product = (double) w[r*m.n_cols + k]*x[c*m.n_cols + k];
-                    sum  += product;
-                    size += std::fabs(product);
-                }
-                const double error = std::fabs(y[c*m.n_rows + r] - sum)/size;
-                worst = error > worst || std::isnan(error) ? error : worst;
-            }
+            worst = std::max(worst, error_of(w, m.n_rows, m.n_cols, x.data() + c*m.n_cols, y.data() + c*m.n_rows));
         }
-        expect(worst <= 2e-6, m, "products", worst);
+        expect(worst <= BOUND, m, "products", worst);
     }
 
     const ggml_type plain = ggml_entropy_plain_type(&header);
@@ -202,6 +272,88 @@ static void check_matrix(const matrix & m, const std::vector<int64_t> & all_colu
     expect(same, m, "single rows", 0);
 }
 
+// Experts of one shape, or one matrix, on the device; and their weights.
+struct operand {
+    std::vector<matrix> slabs;
+    std::vector<std::vector<float>> w;
+    int64_t stride = 0;
+    std::unique_ptr<device_array<uint8_t>> payload;
+
+    operand(ggml_type type, int64_t n_rows, int64_t n_cols, int64_t n_slabs, double sigma, bool offsets) {
+        for (int64_t i = 0; i < n_slabs; i++) {
+            // another sigma is another table and other codes
+            slabs.push_back(encode(type, n_rows, n_cols, 256, make_codes(type, n_rows, n_cols, sigma*(1 + 0.1*i), FILL_NORMAL), offsets));
+            w.push_back(weights_of(slabs.back()));
+            stride = std::max(stride, (int64_t) slabs.back().payload.size());
+        }
+        std::vector<uint8_t> all(stride*n_slabs);
+        for (int64_t i = 0; i < n_slabs; i++) {
+            std::memcpy(all.data() + i*stride, slabs[i].payload.data(), slabs[i].payload.size());
+        }
+        payload = std::make_unique<device_array<uint8_t>>(all);
+    }
+};
+
+// Gate and up: two matrices of different numbers of rows in one launch. n_slots: experts of a token (MUL_MAT_ID), n columns are tokens; 0: MUL_MAT.
+static void check_launch(const operand & a, const operand * b, int64_t n, int64_t n_slots) {
+    const int64_t n_cols = a.slabs[0].n_cols, n_experts = (int64_t) a.slabs.size();
+    const int64_t n_y = n*std::max<int64_t>(n_slots, 1); // columns of results
+    const std::vector<float> x = exact_columns(n, n_cols);
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < n*n_slots; i++) {
+        ids.push_back((int32_t) ((i*3 + i/n_experts) % n_experts));
+    }
+    const device_array<float>   x_dev(x);
+    const device_array<int32_t> ids_dev(ids);
+    device_array<entropy_block> blocks(entropy_columns::n_blocks(n, n_cols));
+    blocks.forget();
+    product p = {};
+    p.type   = a.slabs[0].type;
+    p.n_cols = n_cols;
+    p.x      = x_dev.data;
+    p.n1     = n_slots > 0 ? 1 : n;
+    p.n2     = n_slots > 0 ? n : 1;
+    p.ids    = n_slots > 0 ? ids_dev.data : nullptr;
+    p.n_slots   = n_slots;
+    p.n_experts = n_experts;
+    p.blocks    = blocks.data;
+    const operand * both[2] = { &a, b };
+    std::vector<device_array<float>> y;
+    for (int i = 0; i < (b != nullptr ? 2 : 1); i++) {
+        y.emplace_back(n_y*both[i]->slabs[0].n_rows);
+        y.back().forget();
+        p.payload[i] = both[i]->payload->data;
+        p.stride[i]  = both[i]->stride;
+        p.n_rows[i]  = both[i]->slabs[0].n_rows;
+        p.y[i]       = y.back().data;
+    }
+    mat_vec(p);
+    for (size_t i = 0; i < y.size(); i++) {
+        const std::vector<float> got = y[i].host();
+        const int64_t n_rows = p.n_rows[i];
+        double worst = 0;
+        for (int64_t c = 0; c < n_y; c++) {
+            const int64_t column = n_slots > 0 ? c/n_slots : c;
+            const size_t  slab   = n_slots > 0 ? ids[c] : 0;
+            worst = std::max(worst, error_of(both[i]->w[slab], n_rows, n_cols, x.data() + column*n_cols, got.data() + c*n_rows));
+        }
+        expect(worst <= BOUND, both[i]->slabs[0], n_slots > 0 ? b != nullptr ? "experts of two" : "experts" : "two matrices", worst);
+    }
+}
+
+static void check_launches(ggml_type type, double sigma, const std::vector<int64_t> & all) {
+    for (const bool offsets : { false, true }) {
+        const operand gate(type, 33, 576, 1, sigma, false), up(type, 100, 576, 1, sigma/2, offsets);
+        const operand gates(type, 64, 288, 4, sigma, offsets), ups(type, 33, 288, 4, sigma/2, offsets);
+        for (const int64_t n : all) {
+            check_launch(gate, &up, n, 0);
+            check_launch(up, &gate, n, 0);
+            check_launch(gates, nullptr, n, 2);
+            check_launch(gates, &ups, n, 2);
+        }
+    }
+}
+
 static void check(bool small) {
     for (const ggml_type type : { GGML_TYPE_EQ8, GGML_TYPE_EQ4 }) {
         const double sigma = type == GGML_TYPE_EQ8 ? 9.5 : 1.95;
@@ -212,9 +364,6 @@ static void check(bool small) {
                     continue;
                 }
                 for (const bool offsets : { false, true }) {
-                    if (type == GGML_TYPE_EQ4 && offsets) {
-                        continue; // offsets here are no multiples of 8 scales
-                    }
                     check_matrix(encode(type, n_rows, n_cols, 512, make_codes(type, n_rows, n_cols, sigma, FILL_NORMAL), offsets), small ? std::vector<int64_t>{ 1, 8 } : all);
                 }
             }
@@ -224,6 +373,7 @@ static void check(bool small) {
                 check_matrix(encode(type, 70, 1024, tile_cols, make_codes(type, 70, 1024, fill == FILL_ESCAPES ? 1 : sigma, fill), false), { 1, 3 });
             }
         }
+        check_launches(type, sigma, small ? std::vector<int64_t>{ 1, 8 } : all);
         if (!small) {
             check_matrix(encode(type, 4096, 4096, 512, make_codes(type, 4096, 4096, sigma, FILL_NORMAL), false), { 1, 4 });
             check_matrix(encode(type, 1000, 14336, 256, make_codes(type, 1000, 14336, sigma, FILL_NORMAL), false), { 1 });

@@ -75,8 +75,8 @@ static inline std::vector<uint8_t> encode_payload(
     std::vector<float>    offset(offsets ? n_rows : 0);
     for (int64_t r = 0; r < n_rows; r++) {
         scales[r] = (uint16_t) (0x1400 + r%700); // about 0.001: activations stay finite in models of such weights
-        if (offsets) {
-            offset[r] = (float) (r%5 - 2)*0.0078125f;
+        if (offsets) { // EQ4 needs offset - 8*scale to be an f16: multiples of 8 scales
+            offset[r] = type == GGML_TYPE_EQ4 ? 8*ggml_fp16_to_fp32(scales[r])*(float) (r%3 - 1) : (float) (r%5 - 2)*0.0078125f;
         }
     }
     std::vector<uint8_t> lane_words;

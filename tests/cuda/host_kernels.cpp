@@ -99,6 +99,7 @@ static void mat_vec(const shape & s, const run_options & o, const uint8_t * payl
     const entropy_tuning tuning = tuning_of(o);
     const int64_t n_columns = c.n1*c.n2;
     std::vector<entropy_block> blocks(entropy_columns::n_blocks(n_columns, s.n_cols));
+    std::memset((void *) blocks.data(), 0xFF, blocks.size()*sizeof(entropy_block)); // scales that are no numbers: a term that is read was written
     const entropy_columns columns = { blocks.data(), n_columns, (int) s.n_cols };
     const int64_t n_y1 = c.ids != nullptr ? c.n_slots : c.n1;
     allow(payload, s.slab_stride*s.n_slabs);
