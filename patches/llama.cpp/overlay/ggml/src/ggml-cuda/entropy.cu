@@ -7,8 +7,9 @@
 // MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts columns by expert without asking the device; a small
 // kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices beyond go in chunks of rows.
 //
-// Two switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never), and
-// GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID).
+// Three switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never);
+// GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID); and
+// GGML_ENTROPY_CUDA_LOAD=host, so that load mode decodes on the host.
 //
 // The host knows type, ne and nb of a weight and nothing of its payload: reading a header would mean waiting. So kernels look for
 // themselves what tile_cols is and whether there are offsets.
@@ -392,7 +393,7 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
         case GGML_OP_MUL_MAT:
             return is_float(x) && x->ne[2] % w->ne[2] == 0 && x->ne[2] <= ENTROPY_MAX_GRID_YZ && x->ne[3] <= ENTROPY_MAX_GRID_YZ;
         case GGML_OP_MUL_MAT_ID:
-            return has_dp4a() && is_float(x) && x->ne[3] == 1 && op->src[2]->type == GGML_TYPE_I32 && op->src[2]->nb[0] == sizeof(int32_t)
+            return (is_small(op) || has_dp4a()) && is_float(x) && x->ne[3] == 1 && op->src[2]->type == GGML_TYPE_I32 && op->src[2]->nb[0] == sizeof(int32_t)
                 && op->src[2]->ne[0] <= ENTROPY_MAX_GRID_YZ && op->src[2]->ne[1] <= ENTROPY_MAX_GRID_YZ && w->ne[2] <= ENTROPY_MAX_GRID_YZ;
         case GGML_OP_GET_ROWS:
             return x->type == GGML_TYPE_I32 && x->ne[2] == 1 && x->ne[3] == 1 && w->ne[2] <= ENTROPY_MAX_GRID_YZ;
@@ -402,8 +403,12 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
 }
 
 // Decode a validated payload from host memory into a tensor on a device: the small file crosses the bus and the device does the work. Waits
-// until it is done. False if dst is not simply memory of a device, or if memory is short: then the host decodes.
+// until it is done. False if dst is not simply memory of a device, if memory is short, or by the switch: then the host decodes.
 static bool decode_to(const ggml_tensor * coded, const void * payload, ggml_tensor * dst) {
+    const char * env = std::getenv("GGML_ENTROPY_CUDA_LOAD");
+    if (env != nullptr && std::strcmp(env, "host") == 0) {
+        return false;
+    }
     cudaPointerAttributes where;
     if (cudaPointerGetAttributes(&where, dst->data) != cudaSuccess || where.type != cudaMemoryTypeDevice) {
         (void) cudaGetLastError(); // not an error of ours
