@@ -3,8 +3,8 @@
 
     python bench/gpu/objects.py [OUT.json]
 
-Objects only, for each architecture of ARCHITECTURES: entropy.cu and the patched ggml-cuda.cu; the other files are upstream's, unchanged. They are kept in the
-user's cache under the hash of all that goes into them. Needs nvcc; cublas headers and a disassembler come from PyPI where the toolkit has none
+Objects only, for each architecture of ARCHITECTURES: entropy.cu, the patched ggml-cuda.cu, and harness.cu; the other files are upstream's, unchanged. They are kept in the
+user's cache under the hash of all that goes into them; without it they take 165 s of processor time, 63 of them harness.cu. Needs nvcc; cublas headers and a disassembler come from PyPI where the toolkit has none
 (x86-64 Linux).
 """
 
@@ -32,7 +32,9 @@ from entrollm_gguf.runtime.pin import read_pin
 
 # Turing, the oldest that CUDA 13 knows; Orin; Hopper; Blackwell
 ARCHITECTURES = ("75", "87", "90", "120")
-SOURCES = ("entropy.cu", "ggml-cuda.cu")
+SOURCES = ("entropy.cu", "ggml-cuda.cu", "harness.cu")
+_HERE = Path(__file__).resolve().parent
+_OURS = ("harness.cu", "payload.h")  # in this folder, not in the tree
 # as ggml's CMake passes them
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_USE_GRAPHS", "-DNDEBUG", "-Werror=all-warnings")
 
@@ -66,9 +68,10 @@ def nvcc() -> str:
     Raises:
         CompileError: there is none.
     """
-    found = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    wanted = os.environ.get("CUDACXX") or "nvcc"
+    found = shutil.which(wanted)
     if found is None:
-        raise CompileError("nvcc is missing; install the CUDA toolkit and put its bin folder on PATH")
+        raise CompileError(f"{wanted} is missing; install the CUDA toolkit and put its bin folder on PATH, or name the compiler in CUDACXX")
     return found
 
 
@@ -97,10 +100,14 @@ def compile_objects(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Obje
     for path in (*(patches / "overlay" / name for name in tree.overlay_files(patches)), *tree.series(patches)):
         digest.update(path.name.encode() + path.read_bytes())
     folder = cache_folder() / "cuda-objects" / digest.hexdigest()[:16]
-    wanted = [Object(source, one, folder / f"sm_{one}-{source}.o") for source in SOURCES for one in architectures]
+    # a change of harness.cu leaves the other objects alone
+    ours = hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in _OURS)).hexdigest()[:16]
+    folders = {source: folder / ours if source in _OURS else folder for source in SOURCES}
+    wanted = [Object(source, one, folders[source] / f"sm_{one}-{source}.o") for source in SOURCES for one in architectures]
     missing = [one for one in wanted if not one.path.is_file()]
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in folders.values():
+            path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             source_tree = Path(scratch) / "tree"
             tree.assemble(tree.unpacked_source(fetch_sdist(pin), pin), patches, source_tree)
@@ -113,7 +120,8 @@ def compile_objects(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Obje
 
 def _compile(one: Object, sources: Path, includes: list[str], scratch: Path) -> None:
     part = scratch / one.path.name
-    command = [nvcc(), *FLAGS, f"-arch=sm_{one.architecture}", *includes, "-c", str(sources / one.source), "-o", str(part)]
+    source = (_HERE if one.source in _OURS else sources) / one.source
+    command = [nvcc(), *FLAGS, f"-arch=sm_{one.architecture}", *includes, "-c", str(source), "-o", str(part)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         lines = (
