@@ -79,7 +79,7 @@ cuda-objects: runtime ## CUDA sources compiled for all architectures, instructio
 gpu-pack: runtime ## what travels to a machine with a GPU, in one file
 	$(BIN)/python bench/gpu/pack.py $(GPU_PACK)
 
-gpu-run: ## on that machine, with nothing but nvcc, cmake and Python: build, check and measure; call again until it says 0 to do
+gpu-run: ## on that machine, with nothing but nvcc, cmake and Python: build, check and measure; call again until it says 0 to do (docs/cuda.md)
 	$(PYTHON) bench/gpu/run.py $(GPU_PACK) --out $(GPU_OUT)
 
 lint: $(STAMP) ## style

@@ -25,7 +25,7 @@ from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 
 # these take minutes each: with two workers they come first, or one worker would wait for the other at the end
-_LONG = ("test_smollm2.py", "test_architectures.py", "test_host_kernels.py")
+_LONG = ("test_smollm2.py", "test_architectures.py", "test_host_kernels.py", "test_gpu_run.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Packs what has to travel to a machine with a GPU: patched sources without what is not built there, programs, tiny models, a text.
+"""Packs what has to travel to a machine with a GPU: run.py, patched sources without what is not built there, programs, tiny models, a text.
 
     python bench/gpu/pack.py build/gpu/entrollm-gpu.tar.xz
 
-Nothing of this machine's builds goes along. The pack stays under 64 MiB (it is about 10), and is the same for the same sources.
+Nothing of this machine's builds goes along. The pack stays under 64 MiB (it has 23, 16 of them tiny models), and is the same for the same sources. A name without .xz
+gives a plain tar, for tests.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _LEFT_OUT = tuple(
     )
 ) + ("gguf-py/", "conversion/", "requirements/", "grammars/", "tools/ui/", ".github/")
 # a kind of each op: plain, without offsets, experts, tied embeddings
-_MODELS = (
+MODELS = (
     ("llama", "EQ8-rows"),
     ("llama", "EQ8-paper"),
     ("llama", "EQ4-rows"),
@@ -59,8 +60,8 @@ _MODELS = (
 )
 
 
-def build(target: Path) -> int:
-    """Write the pack; returns its size in bytes."""
+def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS) -> int:
+    """Write the pack with these tiny models; returns its size in bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder)
@@ -68,13 +69,14 @@ def build(target: Path) -> int:
         tree.assemble(tree.unpacked_source(fetch_sdist(pin), pin), patches_folder(), scratch / "tree")
         models = scratch / "models"
         models.mkdir()
-        _make_models(models, scratch)
+        _make_models(tiny, models, scratch)
         (scratch / "text.txt").write_text(english_text()[:40_000], encoding="utf-8")
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         (scratch / "pack.json").write_text(json.dumps({"commit": commit, "llama_cpp": pin.llama_cpp_commit}))
 
         part = target.with_name(target.name + ".part")
-        with tarfile.open(part, "w:xz") as archive:
+        with tarfile.open(part, "w:xz" if target.suffix == ".xz" else "w") as archive:
+            _add(archive, ROOT / "bench" / "gpu" / "run.py", "run.py")  # what runs the rest
             llama_cpp = scratch / "tree" / tree.LLAMA_CPP
             for path in sorted(llama_cpp.rglob("*")):
                 name = path.relative_to(llama_cpp).as_posix()
@@ -94,11 +96,11 @@ def build(target: Path) -> int:
     return size
 
 
-def _make_models(folder: Path, scratch: Path) -> None:
+def _make_models(tiny: tuple[tuple[str, str], ...], folder: Path, scratch: Path) -> None:
     tokenizer = scratch / "tokenizer"
     build_tokenizer(fetch_gguf(cache_folder() / "models")).save_pretrained(tokenizer)
     made = {}
-    for name, recipe in _MODELS:
+    for name, recipe in tiny:
         if name not in made:
             (scratch / name).mkdir()
             made[name] = build_tiny_model(name, scratch / name, tokenizer).folder

@@ -2,23 +2,27 @@
 # SPDX-License-Identifier: MIT
 """Builds, checks and measures the CUDA path on a machine with a GPU. Runs there, on Python alone: no packages, no network.
 
-    python3 bench/gpu/run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N]
+    python3 run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N]
 
-PACK is what bench/gpu/pack.py made. Needed on PATH: nvcc, cmake, ninja (or make), a C++ compiler. Steps that are done are not repeated: after a call was cut
-off, or its budget ran out, the next goes on there. Results are in FOLDER/gpu-results.json after every step, all output in FOLDER/gpu-log.txt.
+PACK is what bench/gpu/pack.py made; this file is in it. Needed on PATH: nvcc, cmake, ninja (or make), a C++ compiler. Steps that are done are not repeated: after a call was
+cut off, or its budget ran out, the next goes on there. Results are in FOLDER/gpu-results.json after every step, all output in FOLDER/gpu-log.txt.
 
-Stage 1 needs the kernels and the codec only: bit-exactness, compute-sanitizer, table of kernel speeds. Stage 2 builds llama.cpp for this GPU: products beside
-stock types, test-backend-ops, perplexity CPU = CUDA, llama-bench on models of 1B and 8B random weights. Stage 3 runs the peers, where their packages are.
+Stage 1 needs the kernels and the codec only: bit-exactness, compute-sanitizer, table of kernel speeds. Stage 2 builds llama.cpp for this GPU: test-backend-ops,
+CUDA = CPU on tiny models in all kinds of placement, llama-bench on models of 1B and 8B random weights, products beside stock types. Stage 3 runs the peers, where
+their packages are. Every step says what is wrong; one thing that is, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -81,13 +85,13 @@ class Run:
             raise OutOfTime
         started = time.monotonic()
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env={**os.environ, **(env or {})}
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )  # fmt: skip
         try:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
+            said = stop(process)
             self.log(f"$ {' '.join(command)}\n{said}\n[stopped after {time.monotonic() - started:.0f} s]")
             if limit < timeout:
                 raise OutOfTime from None
@@ -100,6 +104,107 @@ class Run:
         return said
 
 
+def stop(process: subprocess.Popen) -> str:
+    """End a program and all that it started: cmake's compilers would go on, and keep its output open. ninja asks for a moment to delete half-written files."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=5)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
+
+
+# ---- what programs said -----------------------------------------------------------------------------------------------------------------
+#
+# llama.cpp's own lines come at verbosity 4 only, behind a time stamp and a letter (tests/cuda/batched-bench.log).
+
+_BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
+
+
+def buffers(said: str) -> dict[str, float]:
+    """MiB of memory by kind and place, as "model CUDA0". A place may be named several times."""
+    found: dict[str, float] = {}
+    for place, kind, mib in _BUFFER.findall(said):
+        found[f"{kind} {place}"] = round(found.get(f"{kind} {place}", 0.0) + float(mib), 2)
+    return found
+
+
+def entropy_lines(said: str) -> list[str]:
+    """What the loader did with entropy-coded tensors: decoded some, left some as they are."""
+    return re.findall(r"llama_entropy: (.*\S)", said)
+
+
+def wrong_mode(said: str, mode: str) -> list[str]:
+    """Nothing if the GPU has the weights as they should be: fused, it computes on them; load, it decoded them. Nothing may end on the CPU unnoticed."""
+    lines = entropy_lines(said)
+    sign = r"stay as they are; computed by .*CUDA" if mode == "fused" else r"^decoded .* on the device"
+    return [] if any(re.search(sign, line) for line in lines) else [f"not {mode} on the GPU: {lines or 'no line of llama_entropy'}"]
+
+
+def batches(said: str) -> dict[int, float]:
+    """Tokens per second by batch size from the table of llama-batched-bench."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.count("|") >= 10]
+    column = next((cells.index("S_TG t/s") for cells in lines if "S_TG t/s" in cells), None)
+    return {int(cells[2]): float(cells[column]) for cells in lines if column is not None and cells[0].isdigit()}
+
+
+def tests_passed(said: str) -> dict:
+    """Counts of test-backend-ops."""
+    match = re.search(r"(\d+)/(\d+) tests passed", said)
+    if match is None:
+        raise Failure((said.strip().splitlines() or ["no output"])[-1])
+    passed, of = int(match[1]), int(match[2])
+    failed = [line.strip() for line in said.splitlines() if "FAIL" in line][:20]
+    wrong = [f"{passed} of {of} passed"] if passed < of or of == 0 else []
+    return {"passed": passed, "of": of, "not_supported": said.count("not supported"), "wrong": wrong + failed}
+
+
+def sanitized(said: str) -> dict:
+    """Verdict of compute-sanitizer, and of the program under it."""
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*\S)", said)
+    clean = bool(summary) and all(re.match(r"0 (errors|hazards)\b", line) for line in summary)
+    return {"summary": summary, "wrong": ([] if clean else summary or ["no summary"]) + checked(said)["wrong"]}
+
+
+def checked(said: str) -> dict:
+    """Verdict of harness."""
+    match = re.search(r"(\d+) checks, (\d+) wrong", said)
+    if match is None:
+        raise Failure((said.strip().splitlines() or ["no output"])[-1])
+    n_checks, n_wrong = int(match[1]), int(match[2])
+    lines = [line.strip() for line in said.splitlines() if "WRONG" in line][:20]
+    return {"checks": n_checks, "wrong": [f"{n_wrong} of {n_checks} checks", *lines] if n_wrong or not n_checks else []}
+
+
+# CUDA against the CPU: the same codes, another order of sums, and activations in int8 on both sides, in blocks that differ by some roundings (F16 for large
+# batches). The CPU differs from itself (fused or load, batches of 512 or 4) by up to 0.08 % in perplexity and 0.0004 in KL divergence, the latter where a
+# router is undecided between experts. Random models have much the same perplexity whatever they compute: EQ4-rows and EQ8-rows of one model differ by 0.6 %
+# and agree on nothing. Their divergence is 0.14, so that is the sharper of the two.
+MAX_PERPLEXITY = 0.005  # relative
+MAX_DIVERGENCE = 0.002  # mean, nats
+
+
+def compared(said: str, base: float) -> dict:
+    """Perplexity and mean KL divergence from the CPU, from llama-perplexity --kl-divergence."""
+    ppl = re.search(r"Mean PPL\(Q\)\s*:\s*(\S+)", said)
+    kld = re.search(r"Mean\s+KLD:\s*(\S+)", said)
+    if ppl is None or kld is None:
+        return {"wrong": ["failed: " + (said.strip().splitlines() or ["no output"])[-1][:200]]}
+    row = {"perplexity": float(ppl[1]), "divergence": float(kld[1])}
+    # written so that no number is wrong, too
+    if not abs(row["perplexity"] / base - 1) <= MAX_PERPLEXITY:
+        row["wrong"] = [f"perplexity {row['perplexity']}, CPU {base}"]
+    elif not row["divergence"] <= MAX_DIVERGENCE:
+        row["wrong"] = [f"KL divergence {row['divergence']} from the CPU"]
+    return row
+
+
+def verdict(steps: dict[str, dict]) -> list[str]:
+    """All that failed or is wrong, one line each."""
+    lines = [f"{name}: failed: {entry['failed']}" for name, entry in steps.items() if "failed" in entry]
+    return lines + [f"{name}: {reason}" for name, entry in steps.items() for reason in entry.get("result", {}).get("wrong", [])]
+
+
 # ---- stage 1: the kernels by themselves -------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +215,14 @@ def machine(run: Run) -> dict:
     nvcc = run.command("nvcc", "--version", timeout=60).strip().splitlines()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017, Python there may be older
     return {"gpu": gpu, "nvcc": nvcc[-2:], "cpus": CPUS, "system": platform.platform(), "date": date}
+
+
+def card(run: Run) -> str:
+    """The GPU of this call: the next may come to another, and times of two do not compare."""
+    try:
+        return run.command("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", timeout=60).strip()
+    except (OSError, Failure):
+        return "unknown"
 
 
 def base(run: Run) -> dict:
@@ -126,7 +239,7 @@ def harness(run: Run) -> dict:
     libraries = run.work / "build-base" / "bin"
     run.command(
         "nvcc", "-std=c++17", "-O3", "-use_fast_math", "-arch=native", "-lineinfo", *includes, f"-I{run.gpu}", run.gpu / "harness.cu",
-        "-o", run.work / "harness", f"-L{libraries}", "-lggml-base", "-Xlinker", f"-rpath={libraries}", timeout=300,
+        "-o", run.work / "harness", f"-L{libraries}", "-lggml-base", "-lpthread", "-Xlinker", f"-rpath={libraries}", timeout=300,
     )  # fmt: skip
     return {}
 
@@ -134,10 +247,7 @@ def harness(run: Run) -> dict:
 def check(run: Run) -> dict:
     """Bit-exact rows, products within the bound."""
     said = run.command(run.work / "harness", "check", timeout=200, check=False)
-    match = re.search(r"(\d+) checks, (\d+) wrong", said)
-    if match is None:
-        raise Failure((said.strip().splitlines() or ["no output"])[-1])
-    return {"checks": int(match[1]), "wrong": int(match[2]), "first": [line for line in said.splitlines() if "WRONG" in line][:20]}
+    return checked(said)
 
 
 def sanitizer(tool: str) -> Callable[[Run], dict]:
@@ -148,8 +258,7 @@ def sanitizer(tool: str) -> Callable[[Run], dict]:
         if not Path(program).is_file():
             return {"skipped": "no compute-sanitizer on this machine"}
         said = run.command(program, "--tool", tool, run.work / "harness", "small", timeout=240, check=False)
-        summary = [line.strip("= ") for line in said.splitlines() if "SUMMARY" in line]
-        return {"summary": summary, "clean": any("0 errors" in line or "0 hazards" in line for line in summary)}
+        return sanitized(said)
 
     return step
 
@@ -214,8 +323,11 @@ def device_name(run: Run) -> str:
 
 
 def ours(run: Run) -> dict:
-    """Our cases of test-backend-ops, GPU against CPU."""
-    return backend_ops(run, "-p", "type_a=eq|type=eq")
+    """Our cases of test-backend-ops, GPU against CPU. The GPU supports them all: one that it does not is not counted, and would go to the CPU in a model."""
+    result = backend_ops(run, "-p", "type_a=eq|type=eq")
+    if result["not_supported"]:
+        result["wrong"].append(f"{result['not_supported']} cases are not supported")
+    return result
 
 
 def upstream(op: str) -> Callable[[Run], dict]:
@@ -225,71 +337,103 @@ def upstream(op: str) -> Callable[[Run], dict]:
 
 def backend_ops(run: Run, *arguments: str) -> dict:
     """Counts of test-backend-ops."""
-    said = run.command(program(run, "test-backend-ops"), "test", "-b", device_name(run), *arguments, timeout=400, check=False)
-    match = re.search(r"(\d+)/(\d+) tests passed", said)
-    if match is None:
-        raise Failure((said.strip().splitlines() or ["no output"])[-1])
-    return {
-        "passed": int(match[1]),
-        "of": int(match[2]),
-        "not_supported": said.count("not supported"),
-        "failed": [line.strip() for line in said.splitlines() if "FAIL" in line][:20],
-    }
+    return tests_passed(run.command(program(run, "test-backend-ops"), "test", "-b", device_name(run), *arguments, timeout=400, check=False))
 
 
-def perplexity(run: Run) -> dict:
-    """CPU in load mode, CUDA fused and CUDA in load mode, on tiny models of each kind and op; batches of 512 and of 4."""
-    results = {}
-    text = run.work / "pack" / "text.txt"
-    for model in sorted((run.work / "pack" / "models").glob("*.gguf")):
-        row = {}
-        for name, mode, arguments in (
-            ("cpu", "load", ["--device", "none", "-ngl", "0", "-ub", "512"]),
-            ("cuda fused", "fused", ["-ngl", "99", "-ub", "512"]),
-            ("cuda fused, batch of 4", "fused", ["-ngl", "99", "-ub", "4"]),
-            ("cuda load", "load", ["-ngl", "99", "-ub", "512"]),
-        ):
-            command = [program(run, "llama-perplexity"), "-m", model, "-f", text, "-c", "128", "-b", "512", "--chunks", "4", *arguments]
-            said = run.command(*command, timeout=120, env={"GGML_ENTROPY_MODE": mode}, check=False)
-            match = re.search(r"Final estimate: PPL = ([\d.]+|nan|inf)", said)
-            row[name] = float(match[1]) if match else "failed: " + (said.strip().splitlines() or ["no output"])[-1][:200]
-        results[model.stem] = row
-    return results
+# Where the weights are and who decodes them: name, mode, arguments, environment. The tiny models have two layers and an output, so -ngl 2 is half of the layers.
+_PLACES: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
+    ("fused", "fused", ("-ngl", "99", "-ub", "512"), {}),
+    ("fused, batches of 4", "fused", ("-ngl", "99", "-ub", "4"), {}),
+    ("fused, batches of 4, no pairs", "fused", ("-ngl", "99", "-ub", "4"), {"GGML_CUDA_DISABLE_FUSION": "1"}),
+    ("fused, rows decoded to blocks", "fused", ("-ngl", "99", "-ub", "512"), {"GGML_ENTROPY_CUDA_ROWS": "blocks"}),
+    ("load", "load", ("-ngl", "99", "-ub", "512"), {}),
+    ("half of the layers", "fused", ("-ngl", "2", "-ub", "512"), {}),
+    ("half of the layers, batches of 4", "fused", ("-ngl", "2", "-ub", "4"), {}),
+)
+# experts of a layer, or one of gate and up: large batches go to the GPU with a copy of the weights, small ones stay on the CPU
+_EXPERTS = (
+    ("--n-cpu-moe 1", "fused", ("-ngl", "99", "--n-cpu-moe", "1", "-ub", "512"), {}),
+    ("--n-cpu-moe 1, batches of 4", "fused", ("-ngl", "99", "--n-cpu-moe", "1", "-ub", "4"), {}),
+    ("-ot ffn_up_exps=CPU", "fused", ("-ngl", "99", "-ot", "ffn_up_exps=CPU", "-ub", "512"), {}),
+    ("-ot ffn_up_exps=CPU, batches of 4", "fused", ("-ngl", "99", "-ot", "ffn_up_exps=CPU", "-ub", "4"), {}),
+    ("-ot ffn_up_exps=CPU, load", "load", ("-ngl", "99", "-ot", "ffn_up_exps=CPU", "-ub", "512"), {}),
+)
 
 
-def products(run: Run) -> dict:
-    """kernel-table.cpp."""
-    path = run.work / "products.json"
-    run.command(run.work / "kernel-table", path, device_name(run), timeout=400)
-    return json.loads(path.read_text())
+def equal(model: str) -> Callable[[Run], dict]:
+    """CUDA = CPU on a tiny model: perplexity and divergence from the CPU in load mode, for every placement."""
+
+    def step(run: Run) -> dict:
+        logits = run.work / "cpu-logits.bin"
+        pack = run.work / "pack"
+        command = [program(run, "llama-perplexity"), "-m", pack / "models" / f"{model}.gguf", "-f", pack / "text.txt"]
+        command += ["-c", "128", "-b", "512", "--chunks", "4", "-lv", "4", "--kl-divergence-base", logits]
+        cpu = ["--device", "none", "-ngl", "0"]
+        said = run.command(*command, *cpu, timeout=120, env={"GGML_ENTROPY_MODE": "load"})
+        base = re.search(r"Final estimate: PPL = ([\d.]+)", said)
+        if base is None:
+            raise Failure("no perplexity from the CPU")
+        result: dict = {"cpu": float(base[1]), "wrong": []}
+        places = (("cpu, fused", "fused", tuple(cpu), {}), *_PLACES, *(_EXPERTS if "moe" in model else ()))
+        for name, mode, arguments, env in places:
+            said = run.command(*command, "--kl-divergence", *arguments, timeout=120, env={"GGML_ENTROPY_MODE": mode, **env}, check=False)
+            row = compared(said, result["cpu"])
+            wrong = row.pop("wrong", []) or ([] if name.startswith("cpu") else wrong_mode(said, mode))
+            result[name] = row
+            result["wrong"] += [f"{name}: {reason}" for reason in wrong]
+        logits.unlink()
+        return result
+
+    return step
+
+
+def products(env: dict[str, str]) -> Callable[[Run], dict]:
+    """kernel-table.cpp. Its graphs are products one after the other with the same columns, so ours go two by two unless fusion is off; stock types go singly."""
+
+    def step(run: Run) -> dict:
+        path = run.work / "products.json"
+        run.command(run.work / "kernel-table", path, device_name(run), timeout=400, env=env)
+        return {"environment": env, **json.loads(path.read_text())}
+
+    return step
+
+
+def synthetic(run: Run, size: str, kind: str) -> Path:
+    """A random model; a call that was cut off may have made it."""
+    path = run.work / f"random-{size}-{kind}.gguf"
+    if not path.is_file():
+        part = path.with_suffix(".part")
+        run.command(run.work / "synth-model", part, size, kind, timeout=300)
+        part.replace(path)
+    return path
+
+
+BATCHES = (1, 2, 4, 8)
 
 
 def models(size: str, kind: str) -> Callable[[Run], dict]:
-    """One random model: make it, tokens per second at batch 1 and 4 and for prompts of 512, memory; delete it."""
+    """One random model: make it, tokens per second at batch 1 to 8 and for prompts of 512 and 2048, memory; delete it."""
 
     def step(run: Run) -> dict:
-        path = run.work / f"random-{size}-{kind}.gguf"
-        if not path.is_file():
-            part = path.with_suffix(".part")
-            run.command(run.work / "synth-model", part, size, kind, timeout=300)
-            part.replace(path)
-        result: dict = {"file_bytes": path.stat().st_size}
-        bench = [program(run, "llama-bench"), "-m", path, "-ngl", "99", "-p", "512", "-n", "64", "-r", "3", "-o", "json"]
-        for ubatch in (512, 2048):
-            arguments = ["-ub", str(ubatch), *(["-p", "2048", "-b", "2048", "-n", "0"] if ubatch == 2048 else [])]
+        path = synthetic(run, size, kind)
+        result: dict = {"file_bytes": path.stat().st_size, "wrong": []}
+        bench = [program(run, "llama-bench"), "-m", path, "-ngl", "99", "-r", "3", "-o", "json"]
+        for arguments in (["-p", "512", "-n", "64", "-ub", "512"], ["-p", "2048", "-n", "0", "-b", "2048", "-ub", "2048"]):
             said = run.command(*bench, *arguments, timeout=200)
             for row in json.loads(said[said.index("[\n") : said.rindex("]") + 1]):
-                what = f"generate {row['n_gen']}" if row["n_gen"] else f"prompt {row['n_prompt']}, ubatch {ubatch}"
+                what = f"generate {row['n_gen']}" if row["n_gen"] else f"prompt {row['n_prompt']}, ubatch {row['n_ubatch']}"
                 result[what] = {"tokens_per_s": row["avg_ts"], "stddev": row["stddev_ts"]}
-        said = run.command(
-            program(run, "llama-batched-bench"), "-m", path, "-ngl", "99", "-c", "2048", "-npp", "64", "-ntg", "64", "-npl", "1,2,4,8", timeout=200, check=False
-        )  # fmt: skip
-        for line in said.splitlines():
-            cells = [cell.strip() for cell in line.split("|")[1:-1]]
-            if len(cells) >= 8 and cells[0].isdigit():
-                result[f"batch of {cells[2]}"] = {"tokens_per_s": float(cells[7])}
-        result["model_buffers_mib"] = {name: float(mib) for name, mib in re.findall(r"(\S+) model buffer size =\s+([\d.]+) MiB", said)}
-        result["mode"] = next((line.strip() for line in said.splitlines() if "llama_entropy" in line), "stock type")
+        batched = [program(run, "llama-batched-bench"), "-m", path, "-ngl", "99", "-c", "2048", "-npp", "64", "-ntg", "64", "-lv", "4"]
+        said = run.command(*batched, "-npl", ",".join(map(str, BATCHES)), timeout=200, check=False)
+        speeds = batches(said)
+        result |= {f"batch of {n}": {"tokens_per_s": speed} for n, speed in speeds.items()}
+        result["wrong"] += [f"no speed at batch {n}" for n in BATCHES if n not in speeds]
+        result["buffers_mib"] = buffers(said)
+        if not any(name.startswith("model CUDA") for name in result["buffers_mib"]):
+            result["wrong"].append("no model buffer on the GPU")
+        if kind.startswith("EQ"):
+            result["mode"] = entropy_lines(said)
+            result["wrong"] += wrong_mode(said, "fused")
         path.unlink()
         return result
 
@@ -297,16 +441,39 @@ def models(size: str, kind: str) -> Callable[[Run], dict]:
 
 
 def cold_start(run: Run) -> dict:
-    """Load mode: decoded on the device against on the host, both from the page cache."""
-    path = run.work / "random-1B-EQ8-start.gguf"
-    if not path.is_file():
-        run.command(run.work / "synth-model", path, "1B", "EQ8", timeout=300)
-    result = {}
-    bench = [program(run, "llama-bench"), "-m", path, "-ngl", "99", "-p", "0", "-n", "1", "-r", "1", "-v"]
-    for name, env in (("load", {"GGML_ENTROPY_MODE": "load"}), ("fused", {"GGML_ENTROPY_MODE": "fused"})):
-        said = run.command(*bench, timeout=200, env=env)
-        result[name] = [line.strip() for line in said.splitlines() if "llama_entropy" in line or "load time" in line]
-    path.unlink()
+    """From the start of a program to its first token, 1B: the file in the page cache, and then on the disk. Load mode decodes on the device; the switch lets the
+    host do it, which then uploads Q8_0, as a file of Q8_0 does."""
+    result: dict = {"wrong": []}
+    for kind, name, mode, env, arguments in (
+        ("EQ8", "load, device", "load", {}, []),
+        ("EQ8", "load, host", "load", {"GGML_ENTROPY_CUDA_LOAD": "host"}, []),
+        ("EQ8", "load, host, --check-tensors", "load", {}, ["--check-tensors"]),
+        ("EQ8", "fused", "fused", {}, []),
+        ("Q8_0", "stock Q8_0", "load", {}, []),
+    ):
+        path = synthetic(run, "1B", kind)
+        row: dict = {}
+        for where in ("page cache", "disk"):
+            with open(path, "rb") as file:
+                if where == "disk":  # clean pages may be asked to go
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                else:
+                    while file.read(1 << 24):
+                        pass
+            command = [program(run, "llama-batched-bench"), "-m", path, "-ngl", "99", "-lv", "4"]
+            command += ["-c", "256", "-npp", "1", "-ntg", "1", "-npl", "1"]
+            started = time.monotonic()
+            said = run.command(*command, *arguments, timeout=120, env={"GGML_ENTROPY_MODE": mode, **env})
+            row[f"seconds, {where}"] = round(time.monotonic() - started, 2)
+            row[f"loader, {where}"] = entropy_lines(said)
+        result[name] = row
+        if name in ("load, device", "fused"):
+            result["wrong"] += [f"{name}: {reason}" for reason in wrong_mode(said, mode)]
+        elif not wrong_mode(said, "load"):
+            result["wrong"].append(f"{name}: decoded on the device")
+    for kind in ("EQ8", "Q8_0"):
+        synthetic(run, "1B", kind).unlink()
     return result
 
 
@@ -326,36 +493,53 @@ def peers(run: Run) -> dict:
     return json.loads(run.command(sys.executable, run.gpu / "peers.py", timeout=400).strip().splitlines()[-1])
 
 
-STEPS: list[tuple[int, str, Callable[[Run], dict]]] = [
-    (1, "machine", machine),
-    (1, "codec", base),
-    (1, "harness", harness),
-    (1, "check", check),
-    (1, "memcheck", sanitizer("memcheck")),
-    (1, "racecheck", sanitizer("racecheck")),
-    (1, "table", table),
-    (2, "build", build),
-    (2, "our cases", ours),
-    (2, "perplexity", perplexity),
-    (2, "products", products),
-    *((2, f"1B {kind}", models("1B", kind)) for kind in TYPES),
-    *((2, f"8B {kind}", models("8B", kind)) for kind in TYPES),
-    (2, "cold start", cold_start),
-    *((2, f"upstream {op}", upstream(op)) for op in ("GET_ROWS", "MUL_MAT_ID", "MUL_MAT")),
-    (3, "peers", peers),
-]
+def steps_of(run: Run) -> list[tuple[int, str, Callable[[Run], dict]]]:
+    """Stage, name, step; what tells most comes first: is it right, how fast are the kernels, how fast is a model."""
+    tiny = sorted(path.stem for path in (run.work / "pack" / "models").glob("*.gguf"))
+    return [
+        (1, "machine", machine),
+        (1, "codec", base),
+        (1, "harness", harness),
+        (1, "check", check),
+        (1, "memcheck", sanitizer("memcheck")),
+        (1, "table", table),
+        (1, "racecheck", sanitizer("racecheck")),
+        (2, "build", build),
+        (2, "our cases", ours),
+        *((2, f"CUDA = CPU, {model}", equal(model)) for model in tiny),
+        *((2, f"1B {kind}", models("1B", kind)) for kind in TYPES),
+        (2, "products, one by one", products({"GGML_CUDA_DISABLE_FUSION": "1"})),
+        *((2, f"8B {kind}", models("8B", kind)) for kind in TYPES),
+        (2, "products, two by two", products({})),
+        (2, "cold start", cold_start),
+        *((2, f"upstream {op}", upstream(op)) for op in ("GET_ROWS", "MUL_MAT_ID", "MUL_MAT")),
+        (3, "peers", peers),
+    ]
 
 
 def unpack(run: Run) -> None:
-    """The pack, once; another pack begins anew but for what was built."""
-    stamp = f"{run.pack.stat().st_size} {int(run.pack.stat().st_mtime)}"
+    """The pack, once. Another pack begins anew; files that are the same keep their times, so that only what changed is built again."""
+    stamp = hashlib.sha256(run.pack.read_bytes()).hexdigest()
     mark = run.work / "unpacked"
     if mark.is_file() and mark.read_text() == stamp:
         return
-    shutil.rmtree(run.work / "pack", ignore_errors=True)
+    mark.unlink(missing_ok=True)
+    old, new = run.work / "pack", run.work / "pack.new"
+    shutil.rmtree(new, ignore_errors=True)
     with tarfile.open(run.pack) as archive:
-        archive.extractall(run.work / "pack", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    run.state = {"steps": {}, "pack": json.loads((run.work / "pack" / "pack.json").read_text())}
+        archive.extractall(new, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    now = time.time_ns()
+    for path in new.rglob("*"):
+        if path.is_file():
+            before = old / path.relative_to(new)
+            same = before.is_file() and filecmp.cmp(before, path, shallow=False)
+            os.utime(path, ns=(before.stat().st_mtime_ns if same else now,) * 2)
+    shutil.rmtree(old, ignore_errors=True)
+    new.replace(old)
+    for path in run.work.glob("random-*"):  # made by another synth-model
+        path.unlink()
+    run.state = {"steps": {}, "pack": {**json.loads((old / "pack.json").read_text()), "sha256": stamp}}
+    run.save()
     mark.write_text(stamp)
 
 
@@ -364,7 +548,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--work", type=Path, default=Path("gpu-work"), help="folder that stays between calls")
+    parser.add_argument("--work", type=Path, default=Path("build/gpu/work"), help="folder that stays between calls (build/gpu/work)")
     parser.add_argument("--budget", type=float, default=570, help="seconds that this call may take")
     parser.add_argument("--stage", type=int, help="only this one")
     arguments = parser.parse_args()
@@ -375,7 +559,9 @@ def main() -> int:
             return 1
     unpack(run)
     run.state["command"] = " ".join(sys.argv)
-    for stage, name, step in STEPS:
+    steps = steps_of(run)
+    gpu = card(run)
+    for stage, name, step in steps:
         if arguments.stage not in (None, stage) or "result" in run.state["steps"].get(name, {}):
             continue
         if run.left() < 5:
@@ -388,17 +574,18 @@ def main() -> int:
             break
         except (Failure, OSError, ValueError, KeyError, IndexError) as error:
             entry = {"failed": f"{type(error).__name__}: {error}"}
-        entry["seconds"] = round(time.monotonic() - started, 1)
+        entry |= {"seconds": round(time.monotonic() - started, 1), "gpu": gpu}
         run.state["steps"][name] = entry
         run.save()
         print(f"{name}: {entry.get('failed', 'done')} ({entry['seconds']} s)", flush=True)
+    run.state["wrong"] = verdict(run.state["steps"])
     run.save()
-    steps = run.state["steps"]
-    waiting = [name for _, name, _ in STEPS if name not in steps]
-    failed = [name for name, entry in steps.items() if "failed" in entry]
-    wrong = [name for name, entry in steps.items() if entry.get("result", {}).get("wrong") or entry.get("result", {}).get("failed")]
-    print(f"{len(steps)} steps done, {len(waiting)} to do; failed: {failed or 'none'}; wrong: {wrong or 'none'}")
-    return 3 if waiting else 1 if failed or wrong else 0
+    done = run.state["steps"]
+    waiting = [name for _, name, _ in steps if name not in done]
+    for line in run.state["wrong"]:
+        print(f"WRONG: {line}")
+    print(f"{len(done)} steps done, {len(waiting)} to do; wrong: {len(run.state['wrong']) or 'none'}")
+    return 3 if waiting else 1 if run.state["wrong"] else 0
 
 
 if __name__ == "__main__":
