@@ -115,8 +115,41 @@ _HELD_OUT: dict[str, tuple[str, str, str, dict]] = {
     ),
 }  # fmt: skip
 
+# Only what folding rests on: which tensors read a norm, gates, values (quant/fold.py).
+_FOR_FOLDING: dict[str, tuple[str, str, str, dict]] = {
+    # norms whose weights are less 1, embeddings times the root of the width; tied
+    "gemma": (
+        "GemmaConfig", "GemmaForCausalLM", "spm",
+        {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+    ),
+    # the same with norms around everything and soft caps
+    "gemma2": (
+        "Gemma2Config", "Gemma2ForCausalLM", "spm",
+        {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+         "sliding_window": 64, "query_pre_attn_scalar": 32},
+    ),
+    # layers without rotation
+    "smollm3": (
+        "SmolLM3Config", "SmolLM3ForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "no_rope_layers": [1, 0]},
+    ),
+    # experts behind norms of queries and keys, none shared
+    "qwen3_moe": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 160, "moe_intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # experts of plain gates, norms over all queries and all keys
+    "olmoe": (
+        "OlmoeConfig", "OlmoeForCausalLM", "bpe",
+        {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4,
+         "num_experts_per_tok": 2},
+    ),
+}  # fmt: skip
+
 ARCHITECTURES = tuple(_SPECS)
 HELD_OUT = tuple(_HELD_OUT)
+FOR_FOLDING = tuple(_FOR_FOLDING)
 
 
 def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bfloat16", seed: int = 7) -> TinyModel:
@@ -129,7 +162,7 @@ def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bf
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    config_name, class_name, tokenizer, arguments = (_SPECS | _HELD_OUT)[name]
+    config_name, class_name, tokenizer, arguments = (_SPECS | _HELD_OUT | _FOR_FOLDING)[name]
     arguments = {**_COMMON, **arguments}
     if tokenizer == "spm":
         arguments |= {"vocab_size": _SPM_VOCABULARY, **_spm_special()}
@@ -138,9 +171,13 @@ def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bf
     config = getattr(transformers, config_name)(**arguments)
     torch.manual_seed(seed)
     model = getattr(transformers, class_name)(config)
+    apart = torch.Generator().manual_seed(seed)  # matrices stay what they are
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() == 1:
+                # norms lie around what means 1 (0 in Gemma), biases around 0
+                parameter.add_(torch.randn(parameter.shape, generator=apart), alpha=0.2)
+            else:
                 # heavier tails than a fresh initialisation: as in trained models, the largest weight is many times the typical one.
                 # Not so for the vocabulary: with 4 bits over the range of millions of such values, most tokens would be all zeros
                 is_vocabulary = parameter.shape[0] == config.vocab_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from models import FOR_FOLDING
 from running import logits
 
 from entrollm_gguf.calibrate import Statistics, TensorStatistics
@@ -12,7 +13,7 @@ from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant.fold import Folding, plan_folding
 
-EXACT = ("llama", "mistral", "phi3", "qwen2", "qwen2_moe", "gemma3", "qwen3", "mixtral", "granite", "olmo2")
+EXACT = ("llama", "mistral", "phi3", "qwen2", "qwen2_moe", "gemma3", "qwen3", "mixtral", "granite", "olmo2", *FOR_FOLDING)
 NOT_FOLDED = ("gpt2", "starcoder2", "gpt_neox", "mamba")
 
 
@@ -59,7 +60,7 @@ def test_logits_are_unchanged(tiny_model, tmp_path, name):
     wanted = {"attn_output.weight"} | ({"ffn_down.weight"} if "blk.0.ffn_down.weight" in shapes else {"ffn_down_exps.weight"})
     if "blk.0.attn_norm.weight" in shapes:
         wanted |= {"attn_qkv.weight"} if "blk.0.attn_qkv.weight" in shapes else {"attn_q.weight", "attn_k.weight", "attn_v.weight"}
-    if name in ("qwen2_moe", "mixtral"):
+    if name in ("qwen2_moe", "mixtral", "qwen3_moe", "olmoe"):
         wanted |= {"ffn_gate_inp.weight", "ffn_up_exps.weight", "ffn_gate_exps.weight"}
     assert wanted <= parts
     assert ("output.weight" in folding.columns) == ("output.weight" in shapes)
