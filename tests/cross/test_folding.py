@@ -31,7 +31,7 @@ def random_statistics(shapes) -> Statistics:
 
 
 def plan(folder, scratch) -> tuple[Folding, dict]:
-    shapes = SourceModel(folder, scratch).shapes()
+    shapes = SourceModel(folder, scratch).outline().shapes
     source = SourceModel(folder, scratch)
     return plan_folding(source.architecture, shapes, source.heads(), random_statistics(shapes)), shapes
 
@@ -63,7 +63,7 @@ def test_logits_are_unchanged(tiny_model, tmp_path, name):
     if name in ("qwen2_moe", "mixtral", "qwen3_moe", "olmoe"):
         wanted |= {"ffn_gate_inp.weight", "ffn_up_exps.weight", "ffn_gate_exps.weight"}
     assert wanted <= parts
-    assert ("output.weight" in folding.columns) == ("output.weight" in shapes)
+    assert "output.weight" not in folding.columns and "output_norm.weight" not in folding.rows
 
 
 @pytest.mark.parametrize("name", NOT_FOLDED)
@@ -75,7 +75,7 @@ def test_where_it_would_not_be_exact_nothing_is_folded(tiny_model, tmp_path, nam
 def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
     """A router that does not fit, a matrix without statistics: no half folding."""
     folder = tiny_model("llama").folder
-    shapes = SourceModel(folder, tmp_path / "scratch.gguf").shapes()
+    shapes = SourceModel(folder, tmp_path / "scratch.gguf").outline().shapes
     statistics = random_statistics(shapes)
     odd = {**shapes, "blk.0.ffn_gate_inp.weight": (4, 64)}
     folding = plan_folding("llama", odd, (9, 3), statistics)
