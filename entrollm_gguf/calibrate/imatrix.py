@@ -31,7 +31,7 @@ def read_imatrix(path: str | Path) -> Statistics:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         reader = import_gguf().GGUFReader(path)
-        arrays = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+        arrays = {tensor.name: np.array(tensor.data) for tensor in reader.tensors if tensor.name.endswith((_SUMS, _COUNTS))}
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise FormatError(f"{path}: damaged or cut short ({' '.join(str(error).split())}); make it again") from error
     found: dict[str, TensorStatistics] = {}

@@ -59,7 +59,7 @@ class SizeType(click.ParamType):
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix of llama-imatrix, instead of --calibration; quicker, helps less.")
 @click.option("--sequences", type=click.IntRange(min=1), default=40, show_default=True, help="Sequences of 512 tokens for --calibration.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random in --calibration.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything random in --calibration.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 @click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a decoding tile, a multiple of 32; by default by size.")
 @click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
