@@ -13,13 +13,21 @@ import numpy as np
 class TensorStatistics:
     """Of one tensor; a stack of matrices (experts) has one entry in each array for each of them."""
 
-    columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2
-    rows: np.ndarray | None = None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2, L the log-probability of a token; see gather.py
-    hessians: tuple[Path, ...] | None = None  # f32 (n_cols, n_cols) in .npy, for each slab: mean of x x^T
+    columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2 over the tokens that came to the slab; zeros if none did
+    rows: np.ndarray | None = None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2 over all tokens, L the log-probability of a token; see gather.py
+    hessians: tuple[Path | None, ...] | None = None  # f32 (n_cols, n_cols) in .npy, for each slab: mean of x x^T; not all None
 
     def hessian(self, slab: int) -> np.ndarray | None:
-        """mean of x x^T, f32 (n_cols, n_cols), mapped from its file, or None."""
-        return None if self.hessians is None else np.load(self.hessians[slab], mmap_mode="r")
+        """mean of x x^T, f32 (n_cols, n_cols), mapped from its file, or None.
+
+        An expert that no token came to has a diagonal, the mean of the others': how its inputs go together is not known, and its rows still need scales.
+        """
+        if self.hessians is None:
+            return None
+        path = self.hessians[slab]
+        if path is None:
+            return np.diag(self.columns[[one is not None for one in self.hessians]].mean(axis=0, dtype=np.float32))
+        return np.load(path, mmap_mode="r")
 
 
 @dataclass(frozen=True)

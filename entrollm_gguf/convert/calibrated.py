@@ -27,6 +27,7 @@ def to_gguf(gathered: Gathered, open_source: Callable[[], SourceModel]) -> Stati
     rows: dict[str, np.ndarray] = {}
     numbers: dict[str, np.ndarray] = {}
     paths = sorted({one.hessian for one in modules.values() if one.hessian is not None})
+    number_of = {None: -1} | {path: i for i, path in enumerate(paths)}
 
     def keep(into: dict[str, np.ndarray], axis: int) -> Callable[[str, np.ndarray], None]:
         def handle(name: str, array: np.ndarray) -> None:
@@ -40,7 +41,7 @@ def to_gguf(gathered: Gathered, open_source: Callable[[], SourceModel]) -> Stati
     open_source().rearranged({name: one.columns[None, :] for name, one in modules.items()}, keep(columns, -2))
     open_source().rearranged({name: one.rows[:, None] for name, one in modules.items()}, keep(rows, -1))
     open_source().rearranged(
-        {name: np.full((1, 1), -1 if one.hessian is None else paths.index(one.hessian), np.float32) for name, one in modules.items()},
+        {name: np.full((1, 1), number_of[one.hessian], np.float32) for name, one in modules.items()},
         keep(numbers, -1),
     )
     tensors = {
@@ -52,12 +53,20 @@ def to_gguf(gathered: Gathered, open_source: Callable[[], SourceModel]) -> Stati
     return Statistics(gathered.source, tensors)
 
 
-def _hessians(columns: np.ndarray, numbers: np.ndarray | None, paths: list[Path]) -> tuple[Path, ...] | None:
-    """A file for each slab; None where there is none, or where columns were rearranged so that it no longer fits."""
-    if numbers is None or (numbers != numbers[:, :1]).any() or (numbers < 0).any():
+def _hessians(columns: np.ndarray, numbers: np.ndarray | None, paths: list[Path]) -> tuple[Path | None, ...] | None:
+    """A file for each slab, None for one without; None for all where no slab has one, or where columns were rearranged so that they no longer fit.
+
+    Args:
+        columns: f32 (n_slabs, n_cols), in the GGUF's order.
+        numbers: f32 (n_slabs, n_rows), of the paths; -1 for none.
+    """
+    if numbers is None or (numbers != numbers[:, :1]).any() or (numbers < 0).all():
         return None
-    found = tuple(paths[int(one)] for one in numbers[:, 0])
+    found = tuple(None if one < 0 else paths[int(one)] for one in numbers[:, 0])
     for path, values in zip(found, columns, strict=True):
-        if not np.allclose(np.diagonal(np.load(path, mmap_mode="r")), values, rtol=1e-3, atol=1e-6 * float(values.max())):
+        if path is None:
+            continue
+        diagonal = np.diagonal(np.load(path, mmap_mode="r"))
+        if diagonal.shape != values.shape or not np.allclose(diagonal, values, rtol=1e-3, atol=1e-6 * float(values.max())):
             return None
     return found

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,8 +30,14 @@ gather_module = sys.modules[gather.__module__]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Nothing from earlier runs."""
+    """Nothing from earlier runs; and one thread: two that wait for each other take ten times as long on cores that are busy."""
+    import torch
+
     monkeypatch.setattr(gather_module, "cache_folder", lambda: tmp_path / "cache")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -37,6 +46,9 @@ def text(tmp_path, text_file):
     path = tmp_path / "text.txt"
     path.write_text(text_file.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
     return path
+
+
+CONTEXT_HERE = 256  # positions of tiny models; fewer than CONTEXT
 
 
 def load(folder):
@@ -54,22 +66,29 @@ def test_against_autograd(tiny_model, text, tmp_path, name):
     folder = tiny_model(name).folder
     found = gather(folder, text, n_sequences=2)
     tokens = torch.from_numpy(np.load(next((tmp_path / "cache").rglob("tokens.npy"))))
-    assert tokens.shape == (2, CONTEXT) and found.source.endswith(f"2 x {CONTEXT} tokens")
+    assert CONTEXT > CONTEXT_HERE and tokens.shape == (2, CONTEXT_HERE) and found.source.endswith(f"2 x {CONTEXT_HERE} tokens")
     model = load(folder)
-    layer, weight = model.model.layers[1].mlp.down_proj, "model.layers.1.mlp.down_proj.weight"
+    layer, weight, words = model.model.layers[1].mlp.down_proj, "model.layers.1.mlp.down_proj.weight", model.model.embed_tokens
     seen = []
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()[0]))
     generator, total = torch.Generator().manual_seed(0), torch.zeros(layer.out_features)
+    of_words, scale = torch.zeros(words.num_embeddings), getattr(words, "embed_scale", 1.0)
     for sequence in tokens:
         logits = model(sequence[None]).logits[0]
         drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
-        # the gradient by the outputs is that by a bias
-        bias = torch.nn.Parameter(torch.zeros(CONTEXT, layer.out_features))
-        handle = layer.register_forward_hook(lambda module, args, output, bias=bias: output + bias)
+        # the gradient by the outputs is that by a bias; that by a row of the embedding is that by what is added to it where it is looked up
+        bias = torch.nn.Parameter(torch.zeros(CONTEXT_HERE, layer.out_features))
+        row = torch.nn.Parameter(torch.zeros(CONTEXT_HERE, words.embedding_dim))
+        handles = [
+            layer.register_forward_hook(lambda module, args, output, bias=bias: output + bias),
+            words.register_forward_hook(lambda module, args, output, row=row: output + row * scale),
+        ]
         loss = torch.nn.functional.cross_entropy(model(sequence[None]).logits[0], drawn, reduction="sum")
         loss.backward()
         total += bias.grad.square().sum(0)
-        handle.remove()
+        of_words.index_add_(0, sequence, row.grad.square().mean(-1))
+        for handle in handles:
+            handle.remove()
     x = torch.cat([seen[0], seen[2]])  # the runs without the bias
     one = found.modules[weight]
     assert np.allclose(one.columns, x.square().mean(0), rtol=1e-4, atol=1e-9)
@@ -84,6 +103,9 @@ def test_against_autograd(tiny_model, text, tmp_path, name):
     mentioned = np.zeros(len(embedding.rows), bool)
     mentioned[tokens.unique().numpy()] = True
     assert (embedding.rows[mentioned] > 0).all() and (tied or not embedding.rows[~mentioned].any())
+    head = found.modules["lm_head.weight"]
+    looked_up = (embedding.rows - head.rows) * head.columns.mean() if tied else embedding.rows
+    assert np.allclose(looked_up, of_words.numpy() / tokens.numel(), rtol=2e-2, atol=1e-4 * float(looked_up.max()))
 
 
 def test_rows_and_columns_under_gguf_names(tiny_model, tmp_path):
@@ -108,6 +130,8 @@ def test_rows_and_columns_under_gguf_names(tiny_model, tmp_path):
     assert not np.allclose(statistics.tensors["blk.0.attn_q.weight"].rows[0], changed)  # the order did change
     assert statistics.tensors["blk.0.attn_q.weight"].hessians == (hessian,)
     assert statistics.tensors["blk.1.ffn_up.weight"].hessians is None  # a Hessian of other inputs
+    np.save(hessian, np.eye(7, dtype=np.float32))  # of another shape
+    assert to_gguf(Gathered("test", modules), lambda: SourceModel(folder, scratch)).tensors["blk.0.attn_q.weight"].hessians is None
     with pytest.raises(ConversionError, match="names of the weights"):
         to_gguf(Gathered("test", {"other": next(iter(modules.values()))}), lambda: SourceModel(folder, scratch))
 
@@ -119,6 +143,35 @@ def test_experts_are_stacked(tiny_model, text, tmp_path):
     assert one.columns.shape == (4, 96) and one.rows.shape == (4, 64) and len(set(one.hessians)) == 4
 
 
+def test_an_expert_counts_by_its_share_once(tiny_model, text, tmp_path):
+    """Inputs are means over the tokens that came, gradients over all: their product has the share of tokens to the first power."""
+    import torch
+
+    folder = tiny_model("qwen2_moe").folder
+    found = gather(folder, text, n_sequences=2)
+    tokens = torch.from_numpy(np.load(next((tmp_path / "cache").rglob("tokens.npy"))))
+    model = load(folder)
+    layer, name = model.model.layers[0].mlp.experts[1].up_proj, "model.layers.0.mlp.experts.1.up_proj.weight"
+    inputs, gradients = [], []
+
+    def hook(module, args, output):
+        inputs.append(args[0].detach())
+        output.register_hook(lambda gradient: gradients.append(gradient))
+
+    layer.register_forward_hook(hook)
+    generator = torch.Generator().manual_seed(0)
+    for sequence in tokens:
+        logits = model(sequence[None]).logits[0]
+        drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    x, g = torch.cat(inputs), torch.cat(gradients)
+    assert 0 < len(x) < 0.9 * tokens.numel()
+    one = found.modules[name]
+    assert np.allclose(one.columns, x.square().mean(0), rtol=1e-3)
+    assert np.allclose(np.diagonal(np.load(one.hessian)), one.columns, rtol=1e-3)
+    assert np.allclose(one.rows, g.square().sum(0).numpy() / tokens.numel(), rtol=1e-2, atol=1e-9)
+
+
 def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
     """They have no statistics of their own, and are quantized as the others are."""
     import torch
@@ -126,11 +179,11 @@ def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
     folder = tiny_model("qwen2_moe").folder
     opened = gather_module._open
 
-    def without_the_last_expert(model_dir):
-        model, tokenizer, device = opened(model_dir)
+    def without_the_last_expert(*arguments):
+        model, tokenizer = opened(*arguments)
         for layer in model.model.layers:
             layer.mlp.gate.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([3]), -1e9))
-        return model, tokenizer, device
+        return model, tokenizer
 
     monkeypatch.setattr(gather_module, "_open", without_the_last_expert)
     out = tmp_path / "out.gguf"
@@ -138,11 +191,86 @@ def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
     statistics = to_gguf(gather(folder, text, n_sequences=1), lambda: SourceModel(folder, tmp_path / "scratch.gguf"))
     one = statistics.tensors["blk.0.ffn_up_exps.weight"]
     assert not one.columns[3].any() and one.columns[:3].any(axis=1).all()
+    assert one.hessians[3] is None and np.array_equal(np.diagonal(one.hessian(3)), one.columns[:3].mean(axis=0))
+    assert not list((tmp_path / "cache").rglob("hessian-*experts.3.*"))
     scheme = next(t.scheme for t in report.tensors if t.name == "blk.0.ffn_up_exps.weight")
     assert "feedback" in scheme
-    coded = next(t for t in open_model(out).tensors() if t.name == "blk.0.ffn_up_exps.weight")
-    codes = codec.decode(coded.kind, coded.data, coded.shape)
-    assert codes[3].std() > 0.5 * codes[:3].std()
+    for name in ("blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
+        coded = next(t for t in open_model(out).tensors() if t.name == name)
+        codes = codec.decode(coded.kind, coded.data, coded.shape)
+        scales, _ = codec.scales_and_offsets(coded.kind, coded.data, coded.shape)
+        assert codes[3].std() > 0.5 * codes[:3].std()
+        assert (scales[3] > 0).all() and np.median(scales[3]) > 0.2 * np.median(scales[:3])
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tiny_model, tmp_path_factory):
+    """A text model in one that knows pictures, too."""
+    import torch
+    import transformers
+
+    plain, folder = tiny_model("gemma3").folder, tmp_path_factory.mktemp("with-pictures")
+    text = transformers.AutoConfig.from_pretrained(plain)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(plain / name, folder / name)
+    return folder
+
+
+def test_a_model_of_text_and_pictures(with_pictures, text, tmp_path):
+    """The names are the converter's; what sees pictures takes neither memory nor disk."""
+    scratch = tmp_path / "scratch.gguf"
+    names = set(SourceModel(with_pictures, scratch)._model.model_tensors)
+    found = gather(with_pictures, text, n_sequences=1, names=names)
+    assert not any("vision" in name or "language_model" in name for name in found.modules)
+    assert not list((tmp_path / "cache").rglob("hessian-*vision*"))
+    statistics = to_gguf(found, lambda: SourceModel(with_pictures, scratch))
+    assert {"token_embd.weight", "blk.1.attn_q.weight", "blk.0.ffn_down.weight"} <= statistics.tensors.keys()
+
+
+def test_unknown_names_are_told_before_the_runs(tiny_model, text):
+    runs = []
+    with pytest.raises(ConversionError, match="names of the weights"):
+        gather(tiny_model("llama").folder, text, names={"other.weight"}, progress=lambda *what: runs.append(what))
+    assert not runs
+
+
+def test_own_text_is_what_the_model_writes(tiny_model, tmp_path):
+    """Documents end in it, and none of what the folder says about generating applies."""
+    import torch
+    import transformers
+
+    model = load(tiny_model("llama").folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model("llama").folder)
+    end = tokenizer.eos_token_id
+    model.lm_head.register_forward_hook(lambda module, args, output: output + 4.0 * torch.nn.functional.one_hot(torch.tensor(end), output.shape[-1]))
+
+    def write():
+        return gather_module._own_text(model, tokenizer, 3, 40, 0, tmp_path, None)
+
+    plain = write()
+    assert plain.shape == (3, 40) and (plain == end).any() and len(set(plain[:, -5:].ravel())) > 5
+    model.generation_config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=end, repetition_penalty=50.0, min_p=0.5)
+    assert np.array_equal(write(), plain)
+
+
+def test_source_tells_what_was_read(tiny_model, text):
+    """Fewer sequences than asked for if the text is short; threads are torch's again afterwards."""
+    import torch
+
+    before, threads, text_of_3 = torch.get_num_threads(), set(), text.with_name("three.txt")
+    text_of_3.write_text(text.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+
+    def on_progress(done, total, what):
+        threads.add(torch.get_num_threads())
+
+    found = gather(tiny_model("llama").folder, text_of_3, threads=3, progress=on_progress)
+    n = int(found.source.rsplit(", ", 1)[1].split(" x ")[0])
+    assert 1 <= n < 40 and n == len(np.load(next(next(iter(found.modules.values())).hessian.parent.glob("tokens.npy"))))
+    assert threads == {3} and torch.get_num_threads() == before
 
 
 def test_own_text_cache_and_resumption(tiny_model, tmp_path, monkeypatch):
@@ -159,21 +287,165 @@ def test_own_text_cache_and_resumption(tiny_model, tmp_path, monkeypatch):
             raise Stopped
 
     with pytest.raises(Stopped):
-        gather(folder, None, n_sequences=2, seed=5, progress=stop_later)
+        gather(folder, None, n_sequences=2, seed=5, threads=1, progress=stop_later)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("hessian-*.npy")}
-    assert kept and "writing text (sequences)" in runs
+    assert "hessian-model.layers.0.self_attn.q_proj.npy" in kept and "writing text (sequences)" in runs
+    broken = next((tmp_path / "cache").rglob(sorted(kept)[-1]))
+    broken.write_bytes(broken.read_bytes()[:-4])  # the machine stopped, too
+    del kept[broken.name]
     monkeypatch.setattr(gather_module, "_own_text", None)  # the text is there
     resumed = gather(folder, None, n_sequences=2, seed=5)
     assert all(path.stat().st_mtime_ns == kept[path.name] for path in (tmp_path / "cache").rglob("hessian-*.npy") if path.name in kept)
     monkeypatch.setattr(gather_module, "_open", None)  # no model is loaded any more
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))  # nor would there be room
     again = gather(folder, None, n_sequences=2, seed=5)
-    assert again.modules.keys() == resumed.modules.keys()
+    assert again.modules.keys() == resumed.modules.keys() and again.source == resumed.source
     monkeypatch.undo()
     monkeypatch.setattr(gather_module, "cache_folder", lambda: tmp_path / "other")
-    fresh = gather(folder, None, n_sequences=2, seed=5)  # in one run
+    fresh = gather(folder, None, n_sequences=2, seed=5, threads=1)  # in one run
     for name, one in fresh.modules.items():
         assert np.allclose(one.columns, resumed.modules[name].columns) and np.allclose(one.rows, resumed.modules[name].rows, rtol=1e-3)
         assert one.hessian is None or np.allclose(np.load(one.hessian), np.load(resumed.modules[name].hessian))
+
+
+def test_a_damaged_cache_is_gathered_again(tiny_model, text, tmp_path):
+    folder = tiny_model("llama").folder
+    first = gather(folder, text, n_sequences=1)
+    cache = next((tmp_path / "cache").rglob("complete.json")).parent
+    hessian = first.modules["model.layers.0.mlp.down_proj.weight"].hessian
+    wanted = np.load(hessian)
+
+    def other_shape():
+        np.save(hessian, wanted[:-1])
+
+    for damage in (
+        lambda: (cache / "complete.json").write_text("{"),
+        lambda: (cache / "complete.json").write_text("[]"),
+        lambda: (cache / "diagonals.npz").write_bytes((cache / "diagonals.npz").read_bytes()[:1000]),
+        lambda: (cache / "diagonals.npz").unlink(),
+        lambda: hessian.write_bytes(b""),
+        other_shape,
+        lambda: [path.unlink() for path in cache.iterdir() if path.name != "complete.json"],
+    ):
+        damage()
+        (cache / "part-1-of-another.npy").write_bytes(b"left behind")
+        again = gather(folder, text, n_sequences=1)
+        assert np.allclose(np.load(hessian), wanted, rtol=1e-4, atol=1e-6)
+        assert all(np.allclose(one.columns, first.modules[name].columns, rtol=1e-4) for name, one in again.modules.items())
+        assert not list(cache.glob("part-*"))
+
+
+def test_two_at_a_time_gather_once(tiny_model, text, monkeypatch):
+    folder, opened, calls = tiny_model("mistral").folder, gather_module._open, []
+    monkeypatch.setattr(gather_module, "_open", lambda *arguments: (calls.append(1), opened(*arguments))[1])
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: gather(folder, text, n_sequences=1), range(2))
+    assert len(calls) == 1 and one.source == two.source
+
+
+def test_no_room_in_the_cache(tiny_model, text, tmp_path, monkeypatch):
+    """One line that names the folder and what to set; nothing half-written is left."""
+    folder = tiny_model("mistral").folder
+
+    def full(file, array):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    for name, replacement, words in (
+        ("shutil.disk_usage", lambda _: SimpleNamespace(free=1000), "GB"),
+        ("numpy.save", full, "No space left"),
+        ("numpy.savez", lambda file, **arrays: full(file, None), "No space left"),
+    ):
+        monkeypatch.setattr(name, replacement)
+        with pytest.raises(ConversionError, match=f"(?s)cache/calibration/.*{words}.*ENTROLLM_CACHE") as caught:
+            gather(folder, text, n_sequences=1)
+        assert "\n" not in str(caught.value)
+        monkeypatch.undo()
+        monkeypatch.setattr(gather_module, "cache_folder", lambda: tmp_path / "cache")
+        assert not list((tmp_path / "cache").rglob("part-*")) and not list((tmp_path / "cache").rglob("complete.json"))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(gather_module, "cache_folder", lambda: tmp_path / "file")
+    with pytest.raises(ConversionError, match="ENTROLLM_CACHE"):
+        gather(folder, text, n_sequences=1)
+
+
+def test_where_the_model_runs(tiny_model, text, tmp_path, monkeypatch):
+    """Weights are counted in the files that are loaded; a GPU that is too small is left alone; each precision has statistics of its own."""
+    import torch
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama").folder, folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # which transformers does not load
+    n_weights, widths = gather_module._checkpoint(folder)
+    assert n_weights == sum(p.numel() for p in load(folder).parameters()) and max(widths) == 1024 + 32
+    full, half = gather_module._places(folder)
+    assert (full.device, full.dtype, half.dtype) == ("cpu", "float32", "bfloat16")
+    assert full.needed - half.needed == pytest.approx(2.4 * n_weights) and full.needed > 4.8 * n_weights + 2 * 4 * max(widths) ** 2
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=(full.needed + half.needed) / 2))
+    in_half = gather(folder, text, n_sequences=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(gather_module, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 1000))
+    in_full = gather(folder, text, n_sequences=1)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert in_half.modules[name].hessian.parent != in_full.modules[name].hessian.parent
+    assert np.allclose(in_half.modules[name].columns, in_full.modules[name].columns, rtol=0.2)
+    # what else the statistics depend on
+    before, where = gather_module._hash_files(folder), full
+    keys = {gather_module._key(before, "x", 1, where)}
+    (folder / "tokenizer.model").write_bytes(b"another")
+    keys.add(gather_module._key(gather_module._hash_files(folder), "x", 1, where))
+    monkeypatch.setattr("transformers.__version__", "4.0")
+    keys.add(gather_module._key(before, "x", 1, where))
+    assert len(keys) == 3
+
+
+def test_what_the_model_raises_is_one_line(tiny_model, text, tmp_path, monkeypatch, capsys):
+    """Whatever fails inside names the folder and what to do instead."""
+    folder, out, opened = tiny_model("llama").folder, str(tmp_path / "out.gguf"), gather_module._open
+
+    def failing(error, when):
+        def hook(module, args, output):
+            if module.training is False and args[0].requires_grad == when:
+                raise error
+
+        def open_it(*arguments):
+            model, tokenizer = opened(*arguments)
+            model.model.layers[1].mlp.down_proj.register_forward_hook(hook)
+            return model, tokenizer
+
+        return open_it
+
+    for error, with_gradients, words in (
+        (RuntimeError("shapes do not\nfit"), True, "RuntimeError: shapes do not fit"),
+        (TypeError("no such argument"), False, "TypeError"),
+        (MemoryError(), True, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False, "out of memory"),
+    ):
+        monkeypatch.setattr(gather_module, "_open", failing(error, with_gradients))
+        with pytest.raises(ConversionError) as caught:
+            gather(folder, text, n_sequences=1)
+        line = str(caught.value)
+        assert str(folder) in line and words in line and "--imatrix" in line and "\n" not in line
+    monkeypatch.setattr(gather_module, "_open", opened)
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    config = json.loads((odd / "config.json").read_text())
+    config |= {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd", "AutoModelForCausalLM": "odd.Odd"}}
+    (odd / "config.json").write_text(json.dumps(config))
+    (odd / "odd.py").write_text("raise SystemExit('must not run')")
+    with pytest.raises(ConversionError, match="--imatrix"):
+        gather(odd, text)
+    assert main(["convert", str(folder), out, "--bits", "4", "--calibration", str(text), "--seed", str(2**64)]) != 0
+    error = capsys.readouterr().err
+    assert "--seed" in error and "Traceback" not in error
+
+
+def test_fewer_positions_than_a_sequence(tiny_model, text):
+    """Learned ones end: the model cannot read further."""
+    folder = tiny_model("gpt2").folder
+    assert gather(folder, text, n_sequences=1).source.endswith(f"1 x {CONTEXT_HERE} tokens")
 
 
 def test_what_cannot_be_calibrated(tiny_model, text, tmp_path, monkeypatch, capsys):
@@ -202,7 +474,7 @@ def test_what_cannot_be_calibrated(tiny_model, text, tmp_path, monkeypatch, caps
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_imatrix_files(tiny_model, converted, tmp_path, text_file, capsys):
+def test_imatrix_files(tiny_model, converted, tmp_path, text_file, monkeypatch, capsys):
     """Made by llama-imatrix on our own file, read by the converter; experts that no token came to do no harm."""
     source, folder = converted("qwen2_moe", "EQ8-rows"), str(tiny_model("qwen2_moe").folder)
     imatrix = tmp_path / "imatrix.gguf"
@@ -216,6 +488,11 @@ def test_imatrix_files(tiny_model, converted, tmp_path, text_file, capsys):
     assert 0.99 * 5 <= sum(t.n_bytes for t in report.tensors) * 8 / report.n_weights <= 5
     fields = import_gguf().GGUFReader(out).fields
     assert fields["entrollm.calibration"].contents() == statistics.source and "entrollm.fold_exponent" in fields
+    # only what is wanted is read
+    nothing = SimpleNamespace(tensors=[SimpleNamespace(name="blk.0.attn_q.weight")])  # whose data would be gigabytes
+    with monkeypatch.context() as patched, pytest.raises(FormatError, match="no importance values"):
+        patched.setattr(import_gguf(), "GGUFReader", lambda path: nothing)
+        read_imatrix(imatrix)
     # cut short, and of another model
     (tmp_path / "cut.gguf").write_bytes(imatrix.read_bytes()[:-500])
     with pytest.raises(FormatError, match="cut short"):
