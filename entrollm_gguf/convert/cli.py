@@ -60,6 +60,7 @@ class SizeType(click.ParamType):
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix of llama-imatrix, instead of --calibration; quicker, helps less.")
 @click.option("--sequences", type=click.IntRange(min=1), default=40, show_default=True, help="Sequences of 512 tokens for --calibration.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything random in --calibration.")
+@click.option("--fold/--no-fold", default=True, show_default=True, help="Equalise columns where statistics are known. LoRA adapters made for the model need --no-fold.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 @click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a decoding tile, a multiple of 32; by default by size.")
 @click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
@@ -77,6 +78,7 @@ def convert(
     imatrix: Path | None,
     sequences: int,
     seed: int,
+    fold: bool,
     threads: int | None,
     tile_cols: int | None,
     force: bool,
@@ -103,6 +105,9 @@ def convert(
         raise click.UsageError("MODEL_DIR and OUT_FILE are needed; see --help")
     if bits is not None and size is not None:
         raise click.UsageError("give --bits or --size, not both")
+    given = click.get_current_context().get_parameter_source("recipe") is not click.core.ParameterSource.DEFAULT
+    if given and (bits is not None or size is not None):
+        raise click.UsageError("give --recipe, --bits or --size: each says how large the file is to be")
     if calibration is not None and imatrix is not None:
         raise click.UsageError("give --calibration or --imatrix, not both")
     known = None
@@ -111,7 +116,7 @@ def convert(
 
         own = calibration == "self"
         text = None if own or calibration is None else Path(calibration)
-        known = Calibration(text=text, own_text=own, imatrix=imatrix, n_sequences=sequences, seed=seed)
+        known = Calibration(text=text, own_text=own, imatrix=imatrix, n_sequences=sequences, seed=seed, fold=fold)
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -103,6 +103,10 @@ class SourceModel:
         with one_line_errors(str(self.folder)):
             return sum(math.prod(generate().shape) for generate in self._model.model_tensors.values())
 
+    def names(self) -> set[str]:
+        """Of the weights, as the checkpoint has them."""
+        return set(self._model.model_tensors)
+
     def each_tensor(self, handle: Callable[[str, Any, int | None], None]) -> None:
         """Call handle(name, data, type) for every tensor under its GGUF name.
 

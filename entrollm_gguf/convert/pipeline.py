@@ -163,7 +163,7 @@ def convert_model(
     check_output(out, force)
     check_weight_files(Path(model_dir))
     with atomic_output(out, force) as temporary:
-        basis = prepare(Path(model_dir), calibration, temporary, progress)
+        basis = prepare(Path(model_dir), calibration, temporary, threads=threads, progress=progress)
 
         def encode(treat: Callable[[str], Treatment]) -> _Encoded:
             return _encode_all(Path(model_dir), temporary, treat, basis.folding, threads, tile_cols, progress)
@@ -210,7 +210,7 @@ def plan_model(
     check_weight_files(Path(model_dir))
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "header.gguf"
-        basis = prepare(Path(model_dir), calibration, scratch, progress)
+        basis = prepare(Path(model_dir), calibration, scratch, threads=threads, progress=progress)
         survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
     step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
     planned = [

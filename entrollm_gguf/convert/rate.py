@@ -68,7 +68,9 @@ class Basis:
     folding: Folding
 
 
-def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, progress: Progress | None = None) -> Basis:
+def prepare(
+    model_dir: Path, calibration: Calibration | None, scratch: Path, *, threads: int | None = None, progress: Progress | None = None
+) -> Basis:
     """Statistics, from the cache or gathered now, and the factors that follow from them.
 
     Args:
@@ -90,7 +92,8 @@ def prepare(model_dir: Path, calibration: Calibration | None, scratch: Path, pro
     else:
         gathered = gather(
             model_dir, None if calibration.own_text else calibration.text,
-            n_sequences=calibration.n_sequences, seed=calibration.seed, progress=progress,
+            n_sequences=calibration.n_sequences, seed=calibration.seed, threads=threads,
+            names=SourceModel(model_dir, scratch).names(), progress=progress,
         )  # fmt: skip
         statistics = to_gguf(gathered, lambda: SourceModel(model_dir, scratch))
     if not calibration.fold:

@@ -54,6 +54,7 @@ def test_what_cannot_be_met(tiny_model, tmp_path, capsys):
         (["--bits", "1.05"], "too small"),
         (["--size", "100kB"], "too small"),
         (["--bits", "4", "--size", "1MB"], "not both"),
+        (["--bits", "4", "--recipe", "EQ8-4.0"], "each says how large"),
         (["--bits", "9"], "9"),
         (["--size", "much"], "is no size"),
         (["--dry-run", "--recipe", "EQ8-rows"], "fixed grid"),

@@ -488,6 +488,8 @@ def test_imatrix_files(tiny_model, converted, tmp_path, text_file, monkeypatch, 
     assert 0.99 * 5 <= sum(t.n_bytes for t in report.tensors) * 8 / report.n_weights <= 5
     fields = import_gguf().GGUFReader(out).fields
     assert fields["entrollm.calibration"].contents() == statistics.source and "entrollm.fold_exponent" in fields
+    assert main(["convert", folder, str(out), "--bits", "5", "--imatrix", str(imatrix), "--no-fold", "--force"]) == 0
+    assert "entrollm.fold_exponent" not in import_gguf().GGUFReader(out).fields
     # only what is wanted is read
     nothing = SimpleNamespace(tensors=[SimpleNamespace(name="blk.0.attn_q.weight")])  # whose data would be gigabytes
     with monkeypatch.context() as patched, pytest.raises(FormatError, match="no importance values"):

@@ -85,3 +85,20 @@ def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
     assert not plan_folding("llama", shapes, (9, 3), statistics, exponent=0).columns
     without_heads = plan_folding("llama", shapes, None, statistics)
     assert "blk.0.attn_output.weight" not in without_heads.columns and "blk.0.ffn_down.weight" in without_heads.columns
+
+
+def test_weights_that_are_no_floats_are_not_folded(tiny_model, tmp_path):
+    """Nothing can be multiplied into a quantized checkpoint's integers: neither what they read nor what they make is folded."""
+    shapes = SourceModel(tiny_model("llama").folder, tmp_path / "scratch.gguf").outline().shapes
+    statistics = random_statistics(shapes)
+    for name, unfolded in (
+        ("blk.0.attn_q.weight", {"blk.0.attn_norm.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight"}),
+        ("blk.0.attn_v.weight", {"blk.0.attn_norm.weight", "blk.0.attn_v.weight", "blk.0.attn_output.weight"}),
+        ("blk.0.ffn_up.weight", {"blk.0.ffn_norm.weight", "blk.0.ffn_up.weight", "blk.0.ffn_down.weight"}),
+    ):
+        folding = plan_folding("llama", shapes, (9, 3), statistics, untouchable=frozenset([name]))
+        assert unfolded.isdisjoint(folding.columns.keys() | folding.rows.keys())
+        assert "blk.1.attn_q.weight" in folding.columns
+    for stem, column in (("blk.0.attn_v", "blk.0.attn_output.weight"), ("blk.0.ffn_up", "blk.0.ffn_down.weight")):
+        scaled = {**shapes, f"{stem}.scale": (1,)}
+        assert column not in plan_folding("llama", scaled, (9, 3), statistics).columns
