@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Size against quality: stock types with and without an importance matrix, and ours. `python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS]`, or
+"""Size against quality: stock types with and without an importance matrix, and ours. `python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS [KIND_TO_LEAVE_OUT ...]]`, or
 `python bench/quality.py table RESULTS.json` to print the table of docs/quantization.md and draw the picture again.
 
 The model is SmolLM2-135M-Instruct without the Q4_1 grid it came with: every block of 32 weights is dithered within its step (fixed seed), so that no block
@@ -96,8 +96,8 @@ def make_reference(out: Path) -> tuple[Path, Path]:
     return hf, reference
 
 
-def make_files(out: Path) -> dict[str, tuple[str, Path]]:
-    """Name -> (family, file)."""
+def make_files(out: Path, without: list[str]) -> dict[str, tuple[str, Path]]:
+    """Name -> (family, file); kinds of our statistics may be left out."""
     hf, reference = make_reference(out)
     imatrix = out / "imatrix.gguf"
     if not imatrix.is_file():
@@ -119,7 +119,7 @@ def make_files(out: Path) -> dict[str, tuple[str, Path]]:
     }
     for name in RECIPES:
         for kind, calibration in calibrations.items():
-            if kind in ("own text", "imatrix") and name not in FEWER:
+            if (kind in ("own text", "imatrix") and name not in FEWER) or kind in without:
                 continue
             path = out / f"{name}-{kind.replace(' ', '-')}.gguf"
             if not path.is_file():
@@ -194,8 +194,8 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     """Make, measure, draw."""
-    if len(sys.argv) not in (3, 4):
-        raise SystemExit("usage: quality.py OUT_FOLDER RESULTS.json [CHUNKS], or quality.py table RESULTS.json")
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: quality.py OUT_FOLDER RESULTS.json [CHUNKS [KIND_TO_LEAVE_OUT ...]], or quality.py table RESULTS.json")
     if sys.argv[1] == "table":
         rows = json.loads(Path(sys.argv[2]).read_text())["rows"]
         draw(rows, Path(__file__).resolve().parents[1] / "docs" / "quality")
@@ -203,7 +203,7 @@ def main() -> None:
         return
     out, chunks = Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 16
     out.mkdir(parents=True, exist_ok=True)
-    files = make_files(out)
+    files = make_files(out, sys.argv[4:])
     rows: list[dict] = []
     with ReferenceLogits(files["F16"][1], out / "scored.txt", chunks=chunks) as reference:
         for name, (family, path) in files.items():
