@@ -140,6 +140,8 @@ def draw(rows: list[dict], path: Path) -> None:
     families = {"stock": "s", "stock, imatrix": "^", "ours, no data": "o", "ours, own text": "D", "ours, imatrix": "v", "ours, calibration": "P"}
     for family, marker in families.items():
         points = sorted((row["bits_per_weight"], row["kld_mean"], row["name"]) for row in rows if row["family"] == family)
+        if not points:
+            continue
         axes.plot([p[0] for p in points], [p[1] for p in points], marker=marker, label=family, linewidth=1)
         for x, y, name in points:
             if family.startswith("stock"):
@@ -167,10 +169,11 @@ def bits_at(rows: list[dict], family: str, divergence: float) -> float | None:
 
 def table(rows: list[dict]) -> str:
     """Markdown: every file, and for stock types what ours take at the same divergence."""
-    ours = ("ours, no data", "ours, own text", "ours, imatrix", "ours, calibration")
+    there = {row["family"] for row in rows}
+    ours = [one for one in ("ours, no data", "ours, own text", "ours, imatrix", "ours, calibration") if one in there]
     lines = [
         "| file | bits per weight | perplexity | KLD mean | median | 99 % | same top token, % | " + " | ".join(one.replace("ours, ", "") for one in ours) + " |",
-        "|---" * 11 + "|",
+        "|---" * (7 + len(ours)) + "|",
     ]
     for row in sorted(rows, key=lambda row: -row["bits_per_weight"]):
         if row["kld_mean"] is None:
