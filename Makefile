@@ -10,6 +10,7 @@ GPU_PACK := build/gpu/entrollm-gpu.tar.xz
 GPU_OUT  ?= build/gpu/out
 TEST_WORKERS ?= 2
 FUZZ_MINUTES ?= 5
+PART ?= 4/1
 
 .PHONY: help venv runtime demo test test-asan test-tsan test-neon test-upstream fuzz
 .PHONY: bench-micro bench-e2e bench-memory bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
@@ -35,8 +36,8 @@ demo: runtime ## a real model through all recipes, compared with stock types, an
 test: runtime lint ## all tests of the default tier
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-test-asan: runtime ## codec, ops and loader on damaged files, under AddressSanitizer and UBSan
-	bash tests/sanitizers/run.sh $(BIN) address
+test-asan: runtime ## codec, ops and loader under AddressSanitizer and UBSan; a quarter of the damaged files, with PART=1/1 all of them
+	PART=$(PART) bash tests/sanitizers/run.sh $(BIN) address
 
 test-tsan: runtime ## ops with several threads, under ThreadSanitizer
 	bash tests/sanitizers/run.sh $(BIN) thread

@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 WORK = TESTS.parent / "build" / "fuzz"
 ASAN = "halt_on_error=1"
 
-# a round takes about a minute: some thousand damaged files
+# damaged files of a round, per model and mode
 POSITIONS = 400
 TRUNCATIONS = 200
 CODEC_TESTS = ("tests/unit/test_codec.py::test_round_trip", "tests/unit/test_code_plan.py", "tests/unit/test_damaged.py")
@@ -46,9 +46,10 @@ def codec_round(built: Path, seed: int) -> bool:
 
 def loader_round(built: Path, model: Path, mode: str, seed: int) -> bool:
     """Damaged copies of a model through the loader; whether all went well."""
-    # an odd stride of its own and a phase by seed would miss bytes for ever; a random one meets all in time
-    stride = max(1, 2 * model.stat().st_size // POSITIONS + seed % 101)
-    command = [built / "test-entropy-load", model, "--seed", str(seed), "--stride", str(stride), "--truncations", str(TRUNCATIONS)]
+    # every byte is somebody's turn: the seed chooses one of as many parts as rounds have room for
+    parts = max(1, 2 * model.stat().st_size // POSITIONS)
+    arguments = ["--stride", "1", "--truncations", str(TRUNCATIONS * parts), "--jobs", f"{parts}/{seed % parts + 1}"]
+    command = [built / "test-entropy-load", model, "--seed", str(seed), *arguments]
     environment = {**os.environ, "GGML_ENTROPY_MODE": mode, "ASAN_OPTIONS": ASAN}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     last = result.stdout.rstrip().splitlines()[-1] if result.stdout.strip() else "no output"
