@@ -34,7 +34,7 @@ demo: runtime ## a real model through all recipes, compared with stock types, an
 	$(BIN)/entrollm demo --out build/demo
 
 test: runtime lint ## all tests of the default tier
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-asan: runtime ## codec, ops and loader under AddressSanitizer and UBSan; a quarter of the damaged files, with PART=1/1 all of them
 	PART=$(PART) bash tests/sanitizers/run.sh $(BIN) address

@@ -87,8 +87,8 @@ def _cublas_include() -> list[str]:
     return [f"-I{_from_wheel('cublas')}"]
 
 
-def compile_objects(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Object]:
-    """All sources for all architectures, from the cache where they are.
+def compile_objects(programs_for: tuple[str, ...] = ARCHITECTURES) -> list[Object]:
+    """All sources for all architectures, from the cache where they are; programs of this folder for fewer, if need be.
 
     Raises:
         CompileError: no nvcc, or an error or a warning in a source.
@@ -103,7 +103,11 @@ def compile_objects(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Obje
     # a change of harness.cu leaves the other objects alone
     ours = hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in _OURS)).hexdigest()[:16]
     folders = {source: folder / ours if source in _OURS else folder for source in SOURCES}
-    wanted = [Object(source, one, folders[source] / f"sm_{one}-{source}.o") for source in SOURCES for one in architectures]
+    wanted = [
+        Object(source, one, folders[source] / f"sm_{one}-{source}.o")
+        for source in SOURCES
+        for one in (programs_for if source in _OURS else ARCHITECTURES)
+    ]
     missing = [one for one in wanted if not one.path.is_file()]
     if missing:
         for path in folders.values():
