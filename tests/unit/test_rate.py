@@ -10,7 +10,7 @@ import pytest
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert import budget
+from entrollm_gguf.convert import budget, pipeline
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.quant import NotFiniteError, profile, quantize_step
 
@@ -149,3 +149,54 @@ def test_corrections_close_in(rng):
         tried.append((step, size))
         step = budget.corrected(tried, target, survey)
     pytest.fail(f"no step in {tried}")
+
+
+class FakeModel:
+    """What `_encode_to_size` asks of an encoded model."""
+
+    def __init__(self, n_bytes):
+        self.n_bytes, self.closed = n_bytes, False
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    "sizes, taken",
+    [
+        ([1000], 1000),
+        ([1010, 995], 995),
+        ([900, 1010, 920, 1010, 910, 1010], 920),  # Huffman codes jump over the target: the best that fits
+        ([950, 1010, 1010, 1010, 1010, 1010], 950),
+    ],
+)
+def test_the_largest_that_fits_is_taken(rng, sizes, taken):
+    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, {}, 0)
+    made = []
+
+    def encode(step):
+        made.append(FakeModel(sizes[len(made)]))
+        return made[-1]
+
+    found = pipeline._encode_to_size(encode, survey, 1000, 0.2)
+    assert found.n_bytes == taken and [one.n_bytes for one in made] == sizes
+    assert all(one.closed != (one is found) for one in made)
+
+
+def test_what_never_fits_or_fails_leaves_nothing_behind(rng):
+    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, {}, 0)
+    made = []
+
+    def encode(step):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(FakeModel(900 + len(made)))
+        return made[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline._encode_to_size(encode, survey, 1000, 0.2)
+    assert all(one.closed for one in made)
+    with pytest.raises(ConversionError, match="no step was found"):
+        pipeline._encode_to_size(lambda step: FakeModel(1001), survey, 1000, 0.2)
+    # nothing is finer: less than the target is fine
+    assert pipeline._encode_to_size(lambda step: FakeModel(500), survey, 1000, budget.FINEST).n_bytes == 500
