@@ -25,7 +25,7 @@ FINEST, _COARSEST = 0.02, 6.0
 
 # How far sensitivity is believed, by measurement (docs/quantization.md): between the rows of a tensor wholly, between tensors by half.
 _BETWEEN_ROWS, _BETWEEN_TENSORS = 1.0, 0.5
-_LOOKS = 8  # at sizes with Huffman codes, until a step is found; 2 or 3 do as a rule
+_LOOKS = 8  # at sizes with Huffman codes, until a step is found
 
 _LARGEST = 8.0  # factors of rows and tensors lie within 1 / _LARGEST .. _LARGEST
 
@@ -104,7 +104,7 @@ class Survey:
             return sum(self.kept.values()) + sum(pool.map(lambda name: self.profiles[name].n_bytes(step * self.factor(name), tile_cols), self.profiles))
 
     def least_bytes(self, step: float, tile_cols: int | None = None) -> float:
-        """The same if codes took no more than their entropy, in a hundredth of the time."""
+        """The same if codes took no more than their entropy: no code is planned for it, which is what takes time."""
         return sum(self.kept.values()) + sum(
             one.entropy_bits(step * self.factor(name)) / 8 + one.container_bytes(tile_cols) for name, one in self.profiles.items()
         )
