@@ -4,25 +4,21 @@
 from __future__ import annotations
 
 import os
-import shlex
+import re
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fused_cases import Made, all_cases, make, write
 from reference import decoder
+from running import levels, ops_program
 
-from entrollm_gguf import runtime
 from entrollm_gguf.codec import EntropyType
 
 # relative to the sum of absolute products: f32 rounding of sums of up to 4096 products
 BOUND = 2e-6
-
-
-def program() -> list[str]:
-    """The command that runs test-entropy-ops; ENTROLLM_OPS_COMMAND names another build of it (tests/neon/run.py)."""
-    given = os.environ.get("ENTROLLM_OPS_COMMAND")
-    return shlex.split(given) if given else [str(runtime.tool("test-entropy-ops"))]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +46,16 @@ def weights_of(one: Made) -> np.ndarray:
 
 def run(case_file, level: str, *threads: int) -> tuple[str, np.ndarray]:
     out = case_file.with_name(f"{level}.f32")
-    command = [*program(), case_file, out, *map(str, threads)]
+    command = [*ops_program(), case_file, out, *map(str, threads)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GGML_ENTROPY_KERNEL": level}, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, np.fromfile(out, np.float32)
 
 
-@pytest.mark.parametrize("level, threads", [("ref", (1, 2)), ("generic", (1, 2, 3, 4, 8))])
+@pytest.mark.parametrize("level, threads", [("ref", (1, 2)), ("generic", (1, 2, 3, 4, 8)), ("avx512", (1, 2, 3, 4, 8))])
 def test_every_level_against_numpy(made, case_file, level, threads):
+    if level not in levels():
+        pytest.skip(f"level {level} cannot run here")
     said, results = run(case_file, level, *threads)
     assert said.startswith(f"kernel {level}, {len(made)} cases")
     at = 0
@@ -70,9 +68,41 @@ def test_every_level_against_numpy(made, case_file, level, threads):
     assert at == results.size
 
 
+def test_levels_are_as_they_should_be():
+    """The list above is all there is, and a fast level goes where the processor can."""
+    flags = Path("/proc/cpuinfo").read_text() if "ENTROLLM_OPS_COMMAND" not in os.environ else ""
+    fast = ["avx512"] if all(re.search(rf"\b{flag}\b", flags) for flag in ("avx512f", "avx512bw", "avx512vl", "avx512_vbmi2")) else []
+    assert levels() == [*fast, "generic", "ref"]
+
+
+def scrambled(one: Made, low: int, generator: np.random.Generator) -> Made:
+    """The case with bitstreams of random bytes from low on: more zeros or more ones make codes long or short."""
+    payload = one.payload.copy().reshape(one.case.n_slabs, -1)
+    for slab in payload:
+        begin, n_words = slab[96:112].view(np.uint64)  # format.md 5.1
+        bits = slab[int(begin) : int(begin) + 4 * int(n_words)]
+        bits[:] = generator.integers(low, 256, len(bits))
+    return replace(one, payload=payload.reshape(one.payload.shape))
+
+
+def test_any_bits_mean_the_same_at_every_level(made, tmp_path):
+    """Codes that no encoder wrote: lanes end within a code, or run out of words and go on with zeros (docs/format.md 6, step 3)."""
+    generator = np.random.default_rng(7)
+    path = tmp_path / "scrambled.gguf"
+    write(path, [scrambled(one, 250 * (i % 2), generator) for i, one in enumerate(made)])
+    generic = run(path, "generic", 1)[1]
+    for level in levels():
+        result = run(path, level, 1)[1]
+        if level == "ref":  # its sums of products are in another order
+            assert np.abs(result - generic).max() <= 1e-5 * np.abs(generic).max()
+        else:
+            assert np.array_equal(result, generic), level
+
+
 def test_the_best_level_is_the_default(case_file):
     environment = {key: value for key, value in os.environ.items() if key != "GGML_ENTROPY_KERNEL"}
-    command = [*program(), case_file, case_file.with_name("default.f32")]
-    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.startswith("kernel generic")
+    command = [*ops_program(), case_file, case_file.with_name("default.f32")]
+    best = levels()[0]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.startswith(f"kernel {best},")
     unknown = subprocess.run(command, capture_output=True, text=True, env={**environment, "GGML_ENTROPY_KERNEL": "none"})
-    assert unknown.stdout.startswith("kernel generic") and "GGML_ENTROPY_KERNEL=none" in unknown.stderr
+    assert unknown.stdout.startswith(f"kernel {best},") and "GGML_ENTROPY_KERNEL=none" in unknown.stderr

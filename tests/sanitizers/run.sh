@@ -28,7 +28,7 @@ done
 
 ops() {
     "$bin/python" tests/fused_cases.py "$work/cases.gguf"
-    for level in ref generic; do
+    for level in $("$built/test-entropy-ops" --levels); do
         echo "== ops, level $level"
         GGML_ENTROPY_KERNEL=$level "$built/test-entropy-ops" "$work/cases.gguf" "$work/out.f32" "$@" 2>&1 | tee "$work/ops-$level.log" || status=1
     done

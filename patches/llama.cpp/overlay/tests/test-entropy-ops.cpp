@@ -3,6 +3,7 @@
 // Runs ops with entropy-coded weights on the CPU backend, for whoever knows the right results (tests/cross/test_fused_ops.py).
 //
 //   test-entropy-ops CASES.gguf OUT.f32 [N_THREADS...]
+//   test-entropy-ops --levels        the kernel levels that can run here, best first, a line each
 //
 // CASES.gguf holds for case i = 0, 1, ... the tensors "i.w" (weights, any type), "i.x" (F32: MUL_MAT, or MUL_MAT_ID if there is "i.ids" too) or
 // "i.ids" alone (I32: GET_ROWS). OUT.f32 receives the results one after the other, as floats. Every case runs with each number of
@@ -17,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -86,12 +88,19 @@ static std::vector<float> run(const case_file & cases, int i, ggml_backend_t bac
 }
 
 int main(int argc, char ** argv) {
-    if (argc < 3) {
-        fprintf(stderr, "usage: %s CASES.gguf OUT.f32 [N_THREADS...]\n", argv[0]);
-        return 1;
-    }
     ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     ggml_backend_reg_t reg    = ggml_backend_dev_backend_reg(device);
+    if (argc == 2 && strcmp(argv[1], "--levels") == 0) {
+        std::istringstream names(((const char * (*)()) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_kernels"))());
+        for (std::string name; names >> name;) {
+            printf("%s\n", name.c_str());
+        }
+        return 0;
+    }
+    if (argc < 3) {
+        fprintf(stderr, "usage: %s CASES.gguf OUT.f32 [N_THREADS...] | --levels\n", argv[0]);
+        return 1;
+    }
     ggml_backend_t     cpu    = ggml_backend_dev_init(device, nullptr);
     const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
     const auto kernel = (const char * (*)()) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_kernel");

@@ -351,10 +351,16 @@ static uint64_t make_run(const struct ggml_entropy_entry * table, uint32_t bits)
 }
 
 void ggml_entropy_decoder_open(struct ggml_entropy_decoder * d, const struct ggml_entropy_view * view) {
-    d->view = *view;
+    d->view     = *view;
+    d->has_runs = false;
+}
+
+// Takes some 10 us, which a single row or a kernel that decodes by other means need not wait for.
+static void make_runs(struct ggml_entropy_decoder * d) {
     for (uint32_t i = 0; i < 1u << RUN_BITS; i++) {
-        d->runs[i] = make_run(view->table, i << (32 - RUN_BITS));
+        d->runs[i] = make_run(d->view.table, i << (32 - RUN_BITS));
     }
+    d->has_runs = true;
 }
 
 static inline uint32_t swap_bytes(uint32_t x) {
@@ -487,6 +493,9 @@ static void decode_rest(const struct ggml_entropy_decoder * d, struct lane_state
 // Symbols of the lanes [lane0, lane1) of a tile; end positions of these lanes in bits into end. Returns the words behind the tile's last.
 static const uint32_t * decode_lanes(struct ggml_entropy_decoder * d, struct tile_ref ref, int lane0, int lane1, uint32_t end[LANES]) {
     const uint32_t * src = gather_tile(d, ref);
+    if (lane1 - lane0 >= 4 && !d->has_runs) {
+        make_runs(d);
+    }
     int l = lane0;
     for (; l + 4 <= lane1; l += 4) {
         struct lane_state s[4] = { lane_start(d, ref, l), lane_start(d, ref, l + 1), lane_start(d, ref, l + 2), lane_start(d, ref, l + 3) };

@@ -157,13 +157,14 @@ GGML_API enum ggml_entropy_status ggml_entropy_decode_groups_plain(
 
 // What one thread needs to decode tiles of one slab; owned by the caller, 82 KB. Symbols are what it leaves behind.
 struct ggml_entropy_decoder {
-    struct ggml_entropy_view view;
-    uint64_t runs   [1 << GGML_ENTROPY_RUN_BITS];                          // several symbols per look-up, see ggml-entropy.c
-    uint32_t words  [GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_LANE_WORDS + 2]; // a tile's lanes, contiguous
+    uint32_t words  [GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_LANE_WORDS + 2]; // of a tile, as the decoding function wants them
     uint8_t  symbols[GGML_ENTROPY_LANES][GGML_ENTROPY_MAX_TILE_COLS];      // EQ8: one a column; EQ4: one for two columns
+    uint64_t runs   [1 << GGML_ENTROPY_RUN_BITS];                          // several symbols per look-up, see ggml-entropy.c
+    bool     has_runs;                                                     // made when first needed
+    struct ggml_entropy_view view;
 };
 
-// Prepare for a validated slab; takes some 10 us.
+// Prepare for a validated slab.
 GGML_API void ggml_entropy_decoder_open(struct ggml_entropy_decoder * decoder, const struct ggml_entropy_view * view);
 
 // Symbols of the lanes [lane0, lane1) of one tile into decoder->symbols. The lanes exist: lane1 <= rows of the group.

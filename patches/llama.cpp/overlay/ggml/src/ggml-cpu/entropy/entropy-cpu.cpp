@@ -76,6 +76,9 @@ void * ggml_cpu_entropy_get_proc_address(const char * name) {
     if (std::strcmp(name, "ggml_backend_entropy_kernel") == 0) {
         return (void *) active_kernel;
     }
+    if (std::strcmp(name, "ggml_backend_entropy_kernels") == 0) {
+        return (void *) ggml_entropy_kernel_names;
+    }
     return nullptr;
 }
 

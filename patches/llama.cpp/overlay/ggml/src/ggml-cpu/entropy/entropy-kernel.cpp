@@ -14,10 +14,16 @@
 static constexpr const char * ENV_KERNEL = "GGML_ENTROPY_KERNEL";
 
 static const std::vector<ggml_entropy_kernel> & kernels() {
-    static const std::vector<ggml_entropy_kernel> table = {
-        ggml_entropy_kernel_generic(),
-        ggml_entropy_kernel_ref(),
-    };
+    static const std::vector<ggml_entropy_kernel> table = [] {
+        std::vector<ggml_entropy_kernel> usable;
+        ggml_entropy_kernel special;
+        if (ggml_entropy_kernel_avx512(&special)) {
+            usable.push_back(special);
+        }
+        usable.push_back(ggml_entropy_kernel_generic());
+        usable.push_back(ggml_entropy_kernel_ref());
+        return usable;
+    }();
     return table;
 }
 
@@ -30,6 +36,17 @@ const ggml_entropy_kernel * ggml_entropy_kernel_find(const char * name) {
     return nullptr;
 }
 
+const char * ggml_entropy_kernel_names() {
+    static const std::string names = [] {
+        std::string list;
+        for (const auto & kernel : kernels()) {
+            list += list.empty() ? kernel.name : std::string(" ") + kernel.name;
+        }
+        return list;
+    }();
+    return names.c_str();
+}
+
 static const ggml_entropy_kernel & choose() {
     const auto & best = kernels().front();
     const char * name = std::getenv(ENV_KERNEL);
@@ -39,11 +56,8 @@ static const ggml_entropy_kernel & choose() {
     if (const auto * forced = ggml_entropy_kernel_find(name)) {
         return *forced;
     }
-    std::string known;
-    for (const auto & kernel : kernels()) {
-        known += std::string(" ") + kernel.name;
-    }
-    GGML_LOG_WARN("%s=%s: there is no such kernel level here, using %s (there are:%s)\n", ENV_KERNEL, name, best.name, known.c_str());
+    GGML_LOG_WARN(
+        "%s=%s: there is no such kernel level here, using %s (there are: %s)\n", ENV_KERNEL, name, best.name, ggml_entropy_kernel_names());
     return best;
 }
 

@@ -4,6 +4,7 @@
 //
 //     ref      as docs/format.md reads, one bit and one product at a time; every other level is tested against it
 //     generic  portable C decoding (ggml-entropy.c), ggml's own dot products
+//     avx512   32 lanes at once; only there if the processor can
 //
 // A level is a row of the table in entropy-kernel.cpp, best first. GGML_ENTROPY_KERNEL in the environment forces one by name; test
 // backends that ask for ggml's reference implementation get ref.
@@ -31,6 +32,9 @@ struct ggml_entropy_kernel {
 // The level in use: the best, or the forced one. An unknown name is reported once and ignored.
 const ggml_entropy_kernel & ggml_entropy_kernel_active();
 
+// Names of the levels that can run here, best first, separated by spaces.
+const char * ggml_entropy_kernel_names();
+
 // The level of that name, nullptr if there is none.
 const ggml_entropy_kernel * ggml_entropy_kernel_find(const char * name);
 
@@ -38,3 +42,6 @@ const ggml_entropy_kernel * ggml_entropy_kernel_find(const char * name);
 
 ggml_entropy_kernel ggml_entropy_kernel_ref();
 ggml_entropy_kernel ggml_entropy_kernel_generic();
+
+// These are not for every processor: false, and nothing written, where they cannot run.
+bool ggml_entropy_kernel_avx512(ggml_entropy_kernel * kernel);
