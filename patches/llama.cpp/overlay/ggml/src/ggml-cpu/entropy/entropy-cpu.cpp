@@ -31,8 +31,10 @@ static constexpr int LANES = GGML_ENTROPY_LANES;
 // Q8_0 blocks that stand for one block of a column, if the weights have offsets.
 static constexpr int N_TERMS = 2;
 
-// Columns that one row is multiplied with before the next row's turn: 8 columns of Q8_0 and a row fit in an L1 cache for up to 3000 columns.
-static constexpr int COLUMN_BLOCK = 8;
+// Columns of src1 that are multiplied at a time. As a matrix product: with 64 of them, the rows of a group and the columns fit in an L2 cache for up
+// to 4096 weights a row. One by one: 8 columns and a row fit in an L1 cache for up to 3000.
+static constexpr int COLUMN_BLOCK     = 64;
+static constexpr int COLUMN_BLOCK_DOT = 8;
 
 static bool is_mine(const ggml_tensor * op) {
     switch (op->op) {
@@ -230,44 +232,89 @@ static void quantize_columns(worker & wk) {
     }
 }
 
+// Up to COLUMN_BLOCK columns of src1: their numbers in the work buffer, and where the results of a row group go.
+struct column_block {
+    int     n = 0;
+    int64_t column[COLUMN_BLOCK];
+    float * dst   [COLUMN_BLOCK];
+
+    // How many, from the first on, stand side by side in src1 and equally far apart in dst.
+    int n_adjacent() const {
+        int i = 1;
+        while (i < n && column[i] == column[i - 1] + 1 && dst[i] - dst[i - 1] == dst[1] - dst[0]) {
+            i++;
+        }
+        return std::min(i, n);
+    }
+};
+
+// What the offsets add, and the second terms of the columns: rest, or nothing yet.
+static void add_offsets(const worker & wk, int64_t group, int n_lanes, const float * rest, int64_t column, float * dst) {
+    const float sum = wk.at<float>(wk.layout.sums)[column];
+    for (int l = 0; l < n_lanes; l++) {
+        dst[l] += rest[l] + ggml_entropy_row_offset(&wk.decoder->view, group*LANES + l)*sum;
+    }
+}
+
+// The decoded rows times the first n columns of a block, as a matrix product. False, and nothing done, if there is none for them.
+static bool multiply_adjacent(worker & wk, ggml_type type, int64_t group, int n_lanes, const column_block & block, int n) {
+    const int64_t n_blocks = wk.w->ne[0]/QK8_0;
+    const int64_t stride   = block.dst[1] - block.dst[0];
+    const int64_t first    = block.column[0];
+    if (!wk.kernel.multiply(type, wk.rows, wk.column(0, first), n_lanes, n, n_blocks, block.dst[0], stride)) {
+        return false;
+    }
+    if (wk.has_offset) {
+        float rest[COLUMN_BLOCK*LANES];
+        wk.kernel.multiply(type, wk.rows, wk.column(1, first), n_lanes, n, n_blocks, rest, LANES);
+        for (int i = 0; i < n; i++) {
+            add_offsets(wk, group, n_lanes, rest + i*LANES, first + i, block.dst[i]);
+        }
+    }
+    return true;
+}
+
+// The same one by one, for columns that stand anywhere.
+static void multiply_scattered(worker & wk, ggml_type type, int64_t group, int n_lanes, const column_block & block, int n) {
+    const ggml_vec_dot_t dot = type == GGML_TYPE_Q8_0 ? wk.kernel.dot_eq8 : wk.kernel.dot_eq4;
+    float rest[COLUMN_BLOCK_DOT][LANES];
+    for (int l = 0; l < n_lanes; l++) {
+        const char * row = wk.rows + l*wk.layout.row_size;
+        for (int i = 0; i < n; i++) {
+            dot((int) wk.w->ne[0], &block.dst[i][l], 0, row, 0, wk.column(0, block.column[i]), 0, 1);
+            if (wk.has_offset) {
+                dot((int) wk.w->ne[0], &rest[i][l], 0, row, 0, wk.column(1, block.column[i]), 0, 1);
+            }
+        }
+    }
+    for (int i = 0; wk.has_offset && i < n; i++) {
+        add_offsets(wk, group, n_lanes, rest[i], block.column[i], block.dst[i]);
+    }
+}
+
 // Decode a row group of the slab that is open and multiply it with n columns. where(i, &column, &dst) tells the number of column i in
 // the work buffer and the result column in dst.
 template <typename Where>
 static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & where) {
-    const bool           is_eq8  = wk.w->type == GGML_TYPE_EQ8;
-    const ggml_vec_dot_t dot     = is_eq8 ? wk.kernel.dot_eq8 : wk.kernel.dot_eq4;
-    const int            n_lanes = wk.n_lanes(group);
-    const size_t         row_size = wk.layout.row_size;
-
-    const ggml_entropy_view & view = wk.decoder->view;
-    for (int64_t slice = 0; slice < view.n_slices; slice++) {
+    const ggml_type type    = wk.w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
+    const int       n_lanes = wk.n_lanes(group);
+    for (int64_t slice = 0; slice < wk.decoder->view.n_slices; slice++) {
         wk.kernel.decode_lanes(wk.decoder, group, slice, 0, n_lanes);
-        ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, is_eq8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, wk.rows, row_size);
+        ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, type, wk.rows, wk.layout.row_size);
     }
 
-    const float * sums = wk.at<float>(wk.layout.sums);
-    for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK) {
-        const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK, n - i0);
-        int64_t column[COLUMN_BLOCK];
-        float * dst   [COLUMN_BLOCK];
-        for (int i = 0; i < n_block; i++) {
-            where(i0 + i, &column[i], &dst[i]);
-            dst[i] += group*LANES;
+    for (int64_t i0 = 0; i0 < n;) {
+        column_block block;
+        for (; block.n < std::min<int64_t>(COLUMN_BLOCK, n - i0); block.n++) {
+            where(i0 + block.n, &block.column[block.n], &block.dst[block.n]);
+            block.dst[block.n] += group*LANES;
         }
-        for (int l = 0; l < n_lanes; l++) {
-            const float offset = wk.has_offset ? ggml_entropy_row_offset(&view, group*LANES + l) : 0.0f;
-            for (int i = 0; i < n_block; i++) {
-                const char * row = wk.rows + l*row_size;
-                float sum;
-                dot((int) wk.w->ne[0], &sum, 0, row, 0, wk.column(0, column[i]), 0, 1);
-                if (wk.has_offset) {
-                    float rest;
-                    dot((int) wk.w->ne[0], &rest, 0, row, 0, wk.column(1, column[i]), 0, 1);
-                    sum += rest + offset*sums[column[i]];
-                }
-                dst[i][l] = sum;
-            }
+        int n_done = block.n_adjacent();
+        if (n_done == 1 || !multiply_adjacent(wk, type, group, n_lanes, block, n_done)) {
+            n_done = std::min(COLUMN_BLOCK_DOT, block.n);
+            multiply_scattered(wk, type, group, n_lanes, block, n_done);
         }
+        i0 += n_done;
     }
 }
 

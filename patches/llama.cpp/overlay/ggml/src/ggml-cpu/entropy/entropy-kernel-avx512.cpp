@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Level avx512: all 32 lanes of a tile at once, one lane in each 16-bit element of a register. Dot products are ggml's own.
+// Level avx512: all 32 lanes of a tile at once, one lane in each 16-bit element of a register. Products are those of generic.
 //
 // Needs AVX-512 F, BW, VL and VBMI2 (Intel from Ice Lake on, AMD from Zen 4 on), asked of the processor at run time: the file is compiled for
 // them whatever the rest is compiled for.
@@ -38,9 +38,10 @@ constexpr __mmask64 ODD_BYTES = 0xaaaaaaaaaaaaaaaa;
 
 // Words of 16 lanes around their positions. The third word is there to be waited for: its load has two codes' time.
 struct half {
-    __m512i         word;            // index of the current word
-    __m512i         now, next, then; // this word and the two behind it
-    __m512i         columns;         // where the lanes stand in a word row
+    __m512i word;            // 32 times the index of the current word, which is where it stands in the word rows, but for the lane
+    __m512i now, next, then; // this word and the two behind it
+    __m512i ahead;           // from word to where the third one stands
+    __m512i last;            // a row of zeros, in which lanes stay that run past their end
 };
 
 struct table {
@@ -83,78 +84,91 @@ static INLINE int expand_tile(const uint32_t * src, const uint8_t * lane_words, 
     }
 }
 
+static INLINE half start(const uint32_t * rows, int n_rows, int lane) {
+    const __m512i lanes = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(lane));
+    half h;
+    h.word  = _mm512_setzero_si512();
+    h.now   = load(rows + lane);
+    h.next  = load(rows + lane + LANES*std::min(1, n_rows));
+    h.then  = load(rows + lane + LANES*std::min(2, n_rows));
+    h.ahead = _mm512_add_epi32(lanes, _mm512_set1_epi32(LANES*2));
+    h.last  = _mm512_add_epi32(lanes, _mm512_set1_epi32(LANES*n_rows));
+    return h;
+}
+
 // Move on to the words that the positions are in, at most one further than before.
-static INLINE void advance(half & h, __m512i word, const uint32_t * rows, __m512i last_row) {
+static INLINE void advance(half & h, __m512i position, const uint32_t * rows) {
+    static_assert(LANES == 32, "a position is in bits, of which a word has as many as a word row has words");
+    const __m512i   word  = _mm512_and_si512(position, _mm512_set1_epi32(0xffff & ~31));
     const __mmask16 moved = _mm512_cmpneq_epi32_mask(word, h.word);
     h.word = word;
     h.now  = _mm512_mask_mov_epi32(h.now,  moved, h.next);
     h.next = _mm512_mask_mov_epi32(h.next, moved, h.then);
-    // wrong bits can run past the end, where all is zeros
-    const __m512i row = _mm512_min_epu32(_mm512_add_epi32(word, _mm512_set1_epi32(2)), last_row);
-    h.then = _mm512_mask_i32gather_epi32(h.then, moved, _mm512_add_epi32(_mm512_slli_epi32(row, 5), h.columns), rows, 4);
+    h.then = _mm512_mask_i32gather_epi32(h.then, moved, _mm512_min_epu32(_mm512_add_epi32(word, h.ahead), h.last), rows, 4);
 }
 
-static INLINE half start(const uint32_t * rows, int n_rows, int lane) {
-    half h;
-    h.word    = _mm512_setzero_si512();
-    h.now     = load(rows + lane);
-    h.next    = load(rows + lane + LANES*std::min(1, n_rows));
-    h.then    = load(rows + lane + LANES*std::min(2, n_rows));
-    h.columns = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(lane));
-    return h;
-}
-
-// One code of every lane off the windows. The symbols are the low bytes; the high ones are of no meaning.
-static INLINE __m512i decode_one(const table & tab, __m512i & low_window, __m512i & high_window, __m512i & position) {
-    const __m512i top   = _mm512_mask_blend_epi16(ODD_WORDS, _mm512_srli_epi32(low_window, 16), high_window);
-    const __m512i entry = look_up(tab, _mm512_srli_epi16(top, 8));
-    const __m512i t     = _mm512_and_si512(entry, _mm512_set1_epi16(0xff));
-    low_window  = _mm512_sllv_epi32(low_window, _mm512_and_si512(entry, _mm512_set1_epi32(0xff)));
-    high_window = _mm512_sllv_epi32(high_window, _mm512_srli_epi32(t, 16));
-    position    = _mm512_add_epi16(position, t);
-    const __m512i taken = _mm512_srlv_epi16(top, _mm512_sub_epi16(_mm512_set1_epi16(16), t));
-    return _mm512_add_epi16(taken, _mm512_srli_epi16(entry, 8));
-}
 
 // Two codes of every lane; the first symbol in the low byte.
-static INLINE __m512i decode_two(const table & tab, half & low, half & high, __m512i & position, const uint32_t * rows, __m512i last_row) {
+static INLINE __m512i decode_two(const table & tab, half & low, half & high, __m512i & position, const uint32_t * rows) {
     const __m512i high_position = _mm512_srli_epi32(position, 16);
-    advance(low,  _mm512_srli_epi32(_mm512_and_si512(position, _mm512_set1_epi32(0xffff)), 5), rows, last_row);
-    advance(high, _mm512_srli_epi32(high_position, 5), rows, last_row);
+    advance(low,  position,      rows);
+    advance(high, high_position, rows);
     // a shift's count is taken modulo 32
-    __m512i low_window  = _mm512_shldv_epi32(low.now,  low.next,  position);
-    __m512i high_window = _mm512_shldv_epi32(high.now, high.next, high_position);
-    const __m512i first  = decode_one(tab, low_window, high_window, position);
-    const __m512i second = decode_one(tab, low_window, high_window, position);
-    return _mm512_mask_blend_epi8(ODD_BYTES, first, _mm512_slli_epi16(second, 8));
+    const __m512i low_window  = _mm512_shldv_epi32(low.now,  low.next,  position);
+    const __m512i high_window = _mm512_shldv_epi32(high.now, high.next, high_position);
+    // bits 0..15 and 16..31 of the windows
+    const __m512i upper = _mm512_mask_blend_epi16(ODD_WORDS, _mm512_srli_epi32(low_window, 16), high_window);
+    const __m512i lower = _mm512_mask_blend_epi16(ODD_WORDS, low_window, _mm512_slli_epi32(high_window, 16));
+    const __m512i zero  = _mm512_setzero_si512();
+    const __m512i byte  = _mm512_set1_epi16(0xff);
+
+    const __m512i entry0 = look_up(tab, _mm512_srli_epi16(upper, 8));
+    const __m512i t0     = _mm512_and_si512(entry0, byte);
+    const __m512i first  = _mm512_add_epi16(_mm512_shldv_epi16(zero, upper, t0), _mm512_srli_epi16(entry0, 8)); // in the low byte
+    const __m512i rest   = _mm512_shldv_epi16(upper, lower, t0);
+
+    const __m512i entry1 = look_up(tab, _mm512_srli_epi16(rest, 8));
+    const __m512i t1     = _mm512_and_si512(entry1, byte);
+    const __m512i second = _mm512_add_epi16(_mm512_slli_epi16(_mm512_shldv_epi16(zero, rest, t1), 8), entry1); // in the high byte
+
+    position = _mm512_add_epi16(position, _mm512_add_epi16(t0, t1));
+    return _mm512_mask_blend_epi8(ODD_BYTES, first, second);
 }
 
-// 16 vectors of 16 lanes, four symbols an element, to 16 lanes of 64 symbols.
+// Part p of a vector, 128 bits, holds lanes 4*p .. 4*p + 3. Of four vectors, one after the other: lanes[j] gets lanes j, 4 + j, 8 + j and 12 + j,
+// each with its four elements side by side.
+static INLINE void transpose_parts(const uint32_t (*fours)[LANES], __m512i & lanes0, __m512i & lanes1, __m512i & lanes2, __m512i & lanes3) {
+    const __m512i v0 = load(fours[0]), v1 = load(fours[1]), v2 = load(fours[2]), v3 = load(fours[3]);
+    const __m512i low01  = _mm512_unpacklo_epi32(v0, v1), low23  = _mm512_unpacklo_epi32(v2, v3);
+    const __m512i high01 = _mm512_unpackhi_epi32(v0, v1), high23 = _mm512_unpackhi_epi32(v2, v3);
+    lanes0 = _mm512_unpacklo_epi64(low01, low23);
+    lanes1 = _mm512_unpackhi_epi64(low01, low23);
+    lanes2 = _mm512_unpacklo_epi64(high01, high23);
+    lanes3 = _mm512_unpackhi_epi64(high01, high23);
+}
+
+// Lanes j, 4 + j, 8 + j and 12 + j, in four vectors, stored at to, which is lane j's place.
+static INLINE void store_four(__m512i a, __m512i b, __m512i c, __m512i d, uint8_t (*to)[GGML_ENTROPY_MAX_TILE_COLS], int at) {
+    const __m512i even_ab = _mm512_shuffle_i32x4(a, b, 0x88), even_cd = _mm512_shuffle_i32x4(c, d, 0x88); // lanes j, 8 + j
+    const __m512i odd_ab  = _mm512_shuffle_i32x4(a, b, 0xdd), odd_cd  = _mm512_shuffle_i32x4(c, d, 0xdd); // lanes 4 + j, 12 + j
+    _mm512_storeu_si512(&to[0] [at], _mm512_shuffle_i32x4(even_ab, even_cd, 0x88));
+    _mm512_storeu_si512(&to[4] [at], _mm512_shuffle_i32x4(odd_ab,  odd_cd,  0x88));
+    _mm512_storeu_si512(&to[8] [at], _mm512_shuffle_i32x4(even_ab, even_cd, 0xdd));
+    _mm512_storeu_si512(&to[12][at], _mm512_shuffle_i32x4(odd_ab,  odd_cd,  0xdd));
+}
+
+// 16 vectors of 16 lanes, four symbols an element, to 16 lanes of 64 symbols: a transpose of 16 x 16 elements. Without arrays, which the
+// compiler would leave in memory.
 static INLINE void store_lanes(const uint32_t (*fours)[LANES], uint8_t (*to)[GGML_ENTROPY_MAX_TILE_COLS], int at) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) {
-        a[i] = load(fours[i]);
-    }
-    for (int i = 0; i < 16; i += 2) { // pairs
-        b[i]     = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) { // a[i + j]: lanes j, 4 + j, 8 + j, 12 + j of four vectors
-        a[i]     = _mm512_unpacklo_epi64(b[i],     b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i],     b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) { // parts of 128 bits: a 4 x 4 of them
-        const __m512i even0 = _mm512_shuffle_i32x4(a[j],     a[j + 4],  0x88); // lanes j, 8 + j of vectors 0..7
-        const __m512i odd0  = _mm512_shuffle_i32x4(a[j],     a[j + 4],  0xdd); // lanes 4 + j, 12 + j
-        const __m512i even1 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88); // of vectors 8..15
-        const __m512i odd1  = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-        _mm512_storeu_si512(&to[j]     [at], _mm512_shuffle_i32x4(even0, even1, 0x88));
-        _mm512_storeu_si512(&to[j + 4] [at], _mm512_shuffle_i32x4(odd0,  odd1,  0x88));
-        _mm512_storeu_si512(&to[j + 8] [at], _mm512_shuffle_i32x4(even0, even1, 0xdd));
-        _mm512_storeu_si512(&to[j + 12][at], _mm512_shuffle_i32x4(odd0,  odd1,  0xdd));
-    }
+    __m512i a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3;
+    transpose_parts(fours,      a0, a1, a2, a3);
+    transpose_parts(fours + 4,  b0, b1, b2, b3);
+    transpose_parts(fours + 8,  c0, c1, c2, c3);
+    transpose_parts(fours + 12, d0, d1, d2, d3);
+    store_four(a0, b0, c0, d0, to,     at);
+    store_four(a1, b1, c1, d1, to + 1, at);
+    store_four(a2, b2, c2, d2, to + 2, at);
+    store_four(a3, b3, c3, d3, to + 3, at);
 }
 
 static TARGET void decode_lanes_avx512(ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1) {
@@ -176,17 +190,16 @@ static TARGET void decode_lanes_avx512(ggml_entropy_decoder * decoder, int64_t g
     for (int i = 0; i < 8; i++) {
         tab.entries[i] = load(view.table + 32*i);
     }
-    const __m512i last_row = _mm512_set1_epi32(n_rows);
-    half low      = start(rows, n_rows, 0);
-    half high     = start(rows, n_rows, 16);
+    half low  = start(rows, n_rows, 0);
+    half high = start(rows, n_rows, 16);
     __m512i position = _mm512_setzero_si512();
 
     alignas(64) uint32_t fours[BLOCK/4][LANES] = {};
     for (int at = 0; at < n_symbols; at += BLOCK) { // a row of symbols has room for the whole last block
         const int n_fours = std::min(BLOCK, n_symbols - at)/4;
         for (int i = 0; i < n_fours; i++) {
-            const __m512i two0 = decode_two(tab, low, high, position, rows, last_row);
-            const __m512i two1 = decode_two(tab, low, high, position, rows, last_row);
+            const __m512i two0 = decode_two(tab, low, high, position, rows);
+            const __m512i two1 = decode_two(tab, low, high, position, rows);
             _mm512_store_si512(&fours[i][0],  _mm512_mask_blend_epi16(ODD_WORDS, two0, _mm512_slli_epi32(two1, 16)));
             _mm512_store_si512(&fours[i][16], _mm512_mask_blend_epi16(ODD_WORDS, _mm512_srli_epi32(two0, 16), two1));
         }

@@ -98,5 +98,6 @@ ggml_entropy_kernel ggml_entropy_kernel_ref() {
     kernel.decode_lanes = decode_lanes_ref;
     kernel.dot_eq8      = dot_q8_0_ref;
     kernel.dot_eq4      = dot_q4_0_ref;
+    kernel.multiply     = [](ggml_type, const void *, const void *, int64_t, int64_t, int64_t, float *, int64_t) { return false; };
     return kernel;
 }

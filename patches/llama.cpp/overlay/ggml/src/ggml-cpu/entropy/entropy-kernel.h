@@ -27,6 +27,12 @@ struct ggml_entropy_kernel {
     // Dot product of n weights (a multiple of 32) with a column of Q8_0, nrc = 1. EQ8: weights as Q8_0, EQ4: as Q4_0.
     ggml_vec_dot_t dot_eq8;
     ggml_vec_dot_t dot_eq4;
+
+    // Products of m rows with n columns, both of n_blocks blocks of 32 and so many blocks apart; the product of row i and column j into
+    // dst[j*dst_stride + i]. The sums of stock types: what ggml computes for several columns. False, and nothing done, where it has no such
+    // function for these types or sizes; then dot products do it.
+    bool (*multiply)(
+        ggml_type type, const void * rows, const void * columns, int64_t m, int64_t n, int64_t n_blocks, float * dst, int64_t dst_stride);
 };
 
 // The level in use: the best, or the forced one. An unknown name is reported once and ignored.
