@@ -71,8 +71,9 @@ def test_every_level_against_numpy(made, case_file, level, threads):
 def test_levels_are_as_they_should_be():
     """The list above is all there is, and a fast level goes where the processor can."""
     flags = Path("/proc/cpuinfo").read_text() if "ENTROLLM_OPS_COMMAND" not in os.environ else ""
-    fast = ["avx512"] if all(re.search(rf"\b{flag}\b", flags) for flag in ("avx512f", "avx512bw", "avx512vl", "avx512_vbmi2")) else []
-    assert levels() == [*fast, "generic", "ref"]
+    needed = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2")
+    fast = all(re.search(rf"\b{flag}\b", flags) for flag in needed)
+    assert levels() == [*["avx512"] * fast, "generic", "ref"]
 
 
 def scrambled(one: Made, low: int, generator: np.random.Generator) -> Made:

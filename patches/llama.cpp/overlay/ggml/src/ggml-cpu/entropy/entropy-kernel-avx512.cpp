@@ -2,11 +2,12 @@
 //
 // Level avx512: all 32 lanes of a tile at once, one lane in each 16-bit element of a register. Products are those of generic.
 //
-// Needs AVX-512 F, BW, VL and VBMI2 (Intel from Ice Lake on, AMD from Zen 4 on), asked of the processor at run time: the file is compiled for
-// them whatever the rest is compiled for.
+// Needs AVX-512 F, BW, VL, VBMI and VBMI2 (Intel from Ice Lake on, AMD from Zen 4 on), asked of the processor at run time: the file is
+// compiled for them whatever the rest is compiled for.
 //
-// A code costs the same number of instructions whatever its length: the table of 256 entries stands in eight registers, and a look-up is four
-// permutations of two registers each. Codes are taken in twos, since two are at most 30 bits: a window of 32 bits per lane holds them.
+// A code costs the same number of instructions whatever its length: the table of 256 entries stands in eight registers, and a look-up is
+// four permutations for its lengths and four for its biases. Codes are taken in twos, since two are at most 30 bits: a window of 32 bits
+// per lane holds them.
 
 #include "entropy-kernel.h"
 
@@ -15,9 +16,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2")))
 #define INLINE TARGET inline __attribute__((always_inline))
 
 namespace {
@@ -44,8 +44,10 @@ struct half {
     __m512i last;            // a row of zeros, in which lanes stay that run past their end
 };
 
+// The slab's table by columns, 64 entries a register.
 struct table {
-    __m512i entries[8]; // bias << 8 | t
+    __m512i t   [4];
+    __m512i bias[4];
 };
 
 } // namespace
@@ -54,15 +56,35 @@ static INLINE __m512i load(const void * from) {
     return _mm512_loadu_si512(from);
 }
 
-static INLINE __m512i look_up(const table & tab, __m512i index) {
+static INLINE table load_table(const ggml_entropy_entry * entries) {
+    table tab;
+    for (int i = 0; i < 4; i++) {
+        const __m512i low  = load(entries + 64*i); // bias << 8 | t
+        const __m512i high = load(entries + 64*i + 32);
+        tab.t[i]    = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(low)), _mm512_cvtepi16_epi8(high), 1);
+        tab.bias[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(_mm512_srli_epi16(low, 8))),
+            _mm512_cvtepi16_epi8(_mm512_srli_epi16(high, 8)), 1);
+    }
+    return tab;
+}
+
+// t and bias of the entries that the low bytes of index name; of t the high bytes are zero. The way to t is the short one, since the next
+// look-up waits for it.
+static INLINE void look_up(const table & tab, __m512i index, __m512i & t, __m512i & bias) {
     const __mmask32 upper_half    = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x80));
     const __mmask32 upper_quarter = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x40));
-    const __m512i q0 = _mm512_permutex2var_epi16(tab.entries[0], index, tab.entries[1]);
-    const __m512i q1 = _mm512_permutex2var_epi16(tab.entries[2], index, tab.entries[3]);
-    const __m512i q2 = _mm512_permutex2var_epi16(tab.entries[4], index, tab.entries[5]);
-    const __m512i q3 = _mm512_permutex2var_epi16(tab.entries[6], index, tab.entries[7]);
-    return _mm512_mask_blend_epi16(
-        upper_half, _mm512_mask_blend_epi16(upper_quarter, q0, q1), _mm512_mask_blend_epi16(upper_quarter, q2, q3));
+    const __m512i t0 = _mm512_maskz_permutexvar_epi8(~ODD_BYTES, index, tab.t[0]);
+    const __m512i t1 = _mm512_maskz_permutexvar_epi8(~ODD_BYTES, index, tab.t[1]);
+    const __m512i t2 = _mm512_maskz_permutexvar_epi8(~ODD_BYTES, index, tab.t[2]);
+    const __m512i t3 = _mm512_maskz_permutexvar_epi8(~ODD_BYTES, index, tab.t[3]);
+    t = _mm512_mask_blend_epi16(
+        upper_half, _mm512_mask_blend_epi16(upper_quarter, t0, t1), _mm512_mask_blend_epi16(upper_quarter, t2, t3));
+    const __m512i b0 = _mm512_permutexvar_epi8(index, tab.bias[0]);
+    const __m512i b1 = _mm512_permutexvar_epi8(index, tab.bias[1]);
+    const __m512i b2 = _mm512_permutexvar_epi8(index, tab.bias[2]);
+    const __m512i b3 = _mm512_permutexvar_epi8(index, tab.bias[3]);
+    bias = _mm512_mask_blend_epi16(
+        upper_half, _mm512_mask_blend_epi16(upper_quarter, b0, b1), _mm512_mask_blend_epi16(upper_quarter, b2, b3));
 }
 
 // The tile's word rows with a place for every lane, zero where a lane has no more words, and a row of zeros behind the last, whose number is
@@ -120,19 +142,18 @@ static INLINE __m512i decode_two(const table & tab, half & low, half & high, __m
     const __m512i upper = _mm512_mask_blend_epi16(ODD_WORDS, _mm512_srli_epi32(low_window, 16), high_window);
     const __m512i lower = _mm512_mask_blend_epi16(ODD_WORDS, low_window, _mm512_slli_epi32(high_window, 16));
     const __m512i zero  = _mm512_setzero_si512();
-    const __m512i byte  = _mm512_set1_epi16(0xff);
 
-    const __m512i entry0 = look_up(tab, _mm512_srli_epi16(upper, 8));
-    const __m512i t0     = _mm512_and_si512(entry0, byte);
-    const __m512i first  = _mm512_add_epi16(_mm512_shldv_epi16(zero, upper, t0), _mm512_srli_epi16(entry0, 8)); // in the low byte
-    const __m512i rest   = _mm512_shldv_epi16(upper, lower, t0);
+    // symbols are the low bytes of the sums
+    __m512i t, bias;
+    look_up(tab, _mm512_srli_epi16(upper, 8), t, bias);
+    const __m512i first = _mm512_add_epi16(_mm512_shldv_epi16(zero, upper, t), bias);
+    const __m512i rest  = _mm512_shldv_epi16(upper, lower, t);
+    position = _mm512_add_epi16(position, t);
 
-    const __m512i entry1 = look_up(tab, _mm512_srli_epi16(rest, 8));
-    const __m512i t1     = _mm512_and_si512(entry1, byte);
-    const __m512i second = _mm512_add_epi16(_mm512_slli_epi16(_mm512_shldv_epi16(zero, rest, t1), 8), entry1); // in the high byte
-
-    position = _mm512_add_epi16(position, _mm512_add_epi16(t0, t1));
-    return _mm512_mask_blend_epi8(ODD_BYTES, first, second);
+    look_up(tab, _mm512_srli_epi16(rest, 8), t, bias);
+    const __m512i second = _mm512_add_epi16(_mm512_shldv_epi16(zero, rest, t), bias);
+    position = _mm512_add_epi16(position, t);
+    return _mm512_mask_blend_epi8(ODD_BYTES, first, _mm512_slli_epi16(second, 8));
 }
 
 // Part p of a vector, 128 bits, holds lanes 4*p .. 4*p + 3. Of four vectors, one after the other: lanes[j] gets lanes j, 4 + j, 8 + j and 12 + j,
@@ -186,10 +207,7 @@ static TARGET void decode_lanes_avx512(ggml_entropy_decoder * decoder, int64_t g
     static_assert(sizeof(decoder->words) >= sizeof(uint32_t)*LANES*(GGML_ENTROPY_MAX_LANE_WORDS + 1), "a row of zeros behind the last");
     const int n_rows = expand_tile(view.bitstream + view.word_offsets[i_tile], view.lane_words + i_tile*LANES, rows);
 
-    table tab;
-    for (int i = 0; i < 8; i++) {
-        tab.entries[i] = load(view.table + 32*i);
-    }
+    const table tab = load_table(view.table);
     half low  = start(rows, n_rows, 0);
     half high = start(rows, n_rows, 16);
     __m512i position = _mm512_setzero_si512();
@@ -211,7 +229,7 @@ static TARGET void decode_lanes_avx512(ggml_entropy_decoder * decoder, int64_t g
 bool ggml_entropy_kernel_avx512(ggml_entropy_kernel * kernel) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512f")  || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vbmi2")) {
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) {
         return false;
     }
     *kernel              = ggml_entropy_kernel_generic();
