@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`.
 
-Decoding: one thread, codes of a matrix of 2048 x 1024 from its payload, at several entropies, best of the repeats. Products: test-backend-ops in mode perf, all
-threads, entropy-coded types beside the stock types they decode to; types take turns and each figure is the best of the repeats, since
-neighbours on a shared machine only ever make it slower.
+Decoding: the portable decoder, one thread, codes of a matrix of 2048 x 1024 from its payload, at several entropies, best of the repeats. Products:
+test-backend-ops in mode perf (on half as many threads as there are processors), entropy-coded types at every kernel level beside the stock
+types they decode to; types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever make it slower.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,24 +43,34 @@ def decoding(repeats: int) -> list[dict]:
     return rows
 
 
+def levels() -> list[str]:
+    """Kernel levels that run here, but for the reference."""
+    names = subprocess.run([runtime.tool("test-entropy-ops"), "--levels"], capture_output=True, text=True, check=True).stdout.split()
+    return [name for name in names if name != "ref"]
+
+
 def products(repeats: int) -> list[dict]:
     """Microseconds of matrix products."""
     best: dict[tuple, float] = {}
     shapes = r"m=4096,n=(1|8|512),k=14336"
+    runs = [(level, rf"type_a=eq[48],{shapes}") for level in levels()] + [("stock", rf"type_a=q[48]_0,type_b=f32,{shapes}")]
     for _ in range(repeats):
-        for pattern in (rf"type_a=eq[48],{shapes}", rf"type_a=q[48]_0,type_b=f32,{shapes}"):
+        for level, pattern in runs:
             command = [runtime.tool("test-backend-ops"), "perf", "-b", "CPU", "-o", "MUL_MAT", "-p", pattern]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            environment = {**os.environ, "GGML_ENTROPY_KERNEL": "" if level == "stock" else level}
+            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
             for name, *shape, us in _LINE.findall(output):
-                key = (name, *map(int, shape))
+                key = (level, name, *map(int, shape))
                 best[key] = min(best.get(key, np.inf), float(us))
     rows = []
-    for (name, m, n, k), us in sorted(best.items(), key=lambda item: (item[0][2], item[0][0])):
-        stock = best.get(({"eq8": "q8_0", "eq4": "q4_0"}.get(name, name), m, n, k))
-        rows.append({"type": name, "m": m, "n": n, "k": k, "us": us, "times_stock": us / stock if stock else None})
+    for (level, name, m, n, k), us in sorted(best.items(), key=lambda item: (item[0][3], item[0][1], item[0][0])):
+        row = {"type": name, "level": level, "m": m, "n": n, "k": k, "us": us}
+        if level != "stock":
+            row["times_stock"] = us / best["stock", {"eq8": "q8_0", "eq4": "q4_0"}[name], m, n, k]
+        rows.append(row)
         print(
-            f"{name:5} {m} x {k}, {n:3} columns: {us:10.0f} us"
-            + (f", {us / stock:.2f} x the stock type" if stock and name.startswith("eq") else "")
+            f"{name:5} {level:8} {m} x {k}, {n:3} columns: {us:10.0f} us"
+            + (f", {row['times_stock']:.2f} x the stock type" if level != "stock" else "")
         )
     return rows
 

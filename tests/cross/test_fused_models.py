@@ -45,8 +45,7 @@ def test_held_out_architectures(converted, tmp_path, name):
     coded = converted(name, "EQ8-rows")
     check(coded, tmp_path, 1e-8)
     assert np.array_equal(logits(coded, kv_overrides={"entropy.mode": "load"}), logits(tmp_path / "plain.gguf"))
-    if name != "mixtral":  # a rounding error can send a token to another of its random experts
-        check(converted(name, "EQ8-paper"), tmp_path, 5e-4)
+    check(converted(name, "EQ8-paper"), tmp_path, 5e-4)
 
 
 def check(coded, folder, bound) -> None:
