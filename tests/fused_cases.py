@@ -4,13 +4,13 @@
 Activations are chosen so that quantizing them to Q8_0 loses nothing (integers up to 127, each block of 32 with its 127, times a power of
 two): then the results depend on the weights alone, which come from the reference decoder.
 
-`python fused_cases.py FILE` writes the cases without computing results, for the sanitizers.
+`python fused_cases.py FILE` writes the cases without computing results, and once more with random bitstreams, for the sanitizers.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -149,6 +149,19 @@ def make(case: Case, rng: np.random.Generator) -> Made:
     return Made(case, encoded.payload, codes, scales, offsets, columns, ids)
 
 
+def scrambled(made: list[Made], rng: np.random.Generator) -> list[Made]:
+    """The cases with bitstreams of random bytes: in every other one mostly ones, so that codes are long and lanes run out of words."""
+    cases = []
+    for i, one in enumerate(made):
+        payload = one.payload.copy().reshape(one.case.n_slabs, -1)
+        for slab in payload:
+            begin, n_words = slab[96:112].view(np.uint64)  # format.md 5.1
+            bits = slab[int(begin) : int(begin) + 4 * int(n_words)]
+            bits[:] = rng.integers(250 * (i % 2), 256, len(bits))
+        cases.append(replace(one, payload=payload.reshape(one.payload.shape)))
+    return cases
+
+
 def write(path: Path, made: list[Made]) -> None:
     """The GGUF that test-entropy-ops reads."""
     writer = gguf.GGUFWriter(path, "test")
@@ -167,4 +180,5 @@ def write(path: Path, made: list[Made]) -> None:
 
 if __name__ == "__main__":
     generator = np.random.default_rng(1)
-    write(Path(sys.argv[1]), [make(case, generator) for case in all_cases()])
+    cases = [make(case, generator) for case in all_cases()]
+    write(Path(sys.argv[1]), cases + scrambled(cases, generator))

@@ -6,12 +6,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fused_cases import Made, all_cases, make, write
+from fused_cases import Made, all_cases, make, scrambled, write
 from reference import decoder
 from running import levels, ops_program
 
@@ -76,21 +75,11 @@ def test_levels_are_as_they_should_be():
     assert levels() == [*["avx512"] * fast, "generic", "ref"]
 
 
-def scrambled(one: Made, low: int, generator: np.random.Generator) -> Made:
-    """The case with bitstreams of random bytes from low on: more zeros or more ones make codes long or short."""
-    payload = one.payload.copy().reshape(one.case.n_slabs, -1)
-    for slab in payload:
-        begin, n_words = slab[96:112].view(np.uint64)  # format.md 5.1
-        bits = slab[int(begin) : int(begin) + 4 * int(n_words)]
-        bits[:] = generator.integers(low, 256, len(bits))
-    return replace(one, payload=payload.reshape(one.payload.shape))
-
-
 def test_any_bits_mean_the_same_at_every_level(made, tmp_path):
     """Codes that no encoder wrote: lanes end within a code, or run out of words and go on with zeros (docs/format.md 6, step 3)."""
     generator = np.random.default_rng(7)
     path = tmp_path / "scrambled.gguf"
-    write(path, [scrambled(one, 250 * (i % 2), generator) for i, one in enumerate(made)])
+    write(path, scrambled(made, generator))
     generic = run(path, "generic", 1)[1]
     for level in levels():
         result = run(path, level, 1)[1]
