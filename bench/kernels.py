@@ -57,8 +57,8 @@ def products(repeats: int) -> list[dict]:
     for _ in range(repeats):
         for level, pattern in runs:
             command = [runtime.tool("test-backend-ops"), "perf", "-b", "CPU", "-o", "MUL_MAT", "-p", pattern]
-            environment = {**os.environ, "GGML_ENTROPY_KERNEL": "" if level == "stock" else level}
-            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            variables = {**os.environ, "GGML_ENTROPY_KERNEL": "" if level == "stock" else level}
+            output = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
             for name, *shape, us in _LINE.findall(output):
                 key = (level, name, *map(int, shape))
                 best[key] = min(best.get(key, np.inf), float(us))

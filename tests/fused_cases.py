@@ -51,6 +51,8 @@ def all_cases() -> list[Case]:
             for n_cols in (32, 64, 576):
                 cases += [Case(kind, n_rows, n_cols, n, offset=o) for n, o in ((1, "none"), (3, "row"), (40, "one"))]
         cases += [Case(kind, 65, 4096, n, offset=o, tile_cols=t) for n, o, t in ((1, "none", 512), (5, "row", None), (17, "none", 1024))]
+        # around the 64 columns that are multiplied at a time
+        cases += [Case(kind, 33, 96, n, offset=o) for n, o in ((64, "none"), (65, "row"), (65, "none"), (130, "row"))]
         for codes in ("one symbol", "escapes", "uniform", "two symbols", "zero scale", "ragged"):
             for n_columns, offset in ((1, "none"), (9, "row")):
                 cases.append(
@@ -59,10 +61,12 @@ def all_cases() -> list[Case]:
         # planes of src1 that share a slab, and stacks of matrices
         cases += [Case(kind, 40, 96, 3, planes=4), Case(kind, 40, 96, 3, n_slabs=3, planes=2, offset="row")]
         # experts: none of some, all of one, many tokens
-        for n_experts, n_used, n_tokens in ((4, 2, 1), (5, 2, 7), (3, 1, 33), (8, 8, 2)):
+        for n_experts, n_used, n_tokens in ((4, 2, 1), (5, 2, 7), (3, 1, 33), (8, 8, 2), (2, 1, 140)):
             cases.append(Case(kind, 33, 64, n_tokens, n_slabs=n_experts, n_used=n_used, offset="row" if n_used == 2 else "none"))
         for n_rows, n_cols, n_slabs in ((1, 32, 1), (33, 576, 1), (100, 2048, 1), (40, 64, 3)):
             cases += [Case(kind, n_rows, n_cols, None, n_slabs=n_slabs, offset=offset) for offset in ("none", "row")]
+    # lanes of 255 words, the most there can be
+    cases.append(Case(EntropyType.EQ8, 32, 1024, 2, codes="longest lanes", tile_cols=1024))
     return cases
 
 
@@ -74,6 +78,8 @@ def make_codes(case: Case, rng: np.random.Generator) -> np.ndarray:
         return np.full(shape, 3, np.int8)
     if case.codes == "uniform":
         return rng.integers(low, high + 1, shape).astype(np.int8)
+    if case.codes == "longest lanes":  # 242 symbols: all but 14 take 8 bits
+        return rng.integers(low, low + 242, shape).astype(np.int8)
     if case.codes == "two symbols":
         return rng.choice(np.array([low, high], np.int8), shape)
     width = (high - low) / 16
@@ -106,6 +112,19 @@ class Made:
     offsets: np.ndarray | None
     columns: np.ndarray | None  # f32 (planes, n_columns, n_cols)
     ids: np.ndarray | None  # i32
+
+    @property
+    def n_results(self) -> int:
+        """Floats that the op gives."""
+        if self.columns is None:
+            return self.ids.size * self.case.n_cols
+        n_columns = self.ids.size if self.ids is not None else self.columns.shape[0] * self.columns.shape[1]
+        return n_columns * self.case.n_rows
+
+    def largest(self) -> float:
+        """Of a product of any weights of these scales and offsets with one of the columns: the most that absolute products can sum to."""
+        weight = 128 * np.abs(self.scales.astype(np.float64)).max() + (0 if self.offsets is None else np.abs(self.offsets).max())
+        return float(weight * np.abs(self.columns.astype(np.float64)).sum(axis=-1).max())
 
     def expected(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Result in f64 from weights (n_slabs, n_rows, n_cols), and per element the sum of absolute products, to which errors are relative."""

@@ -69,7 +69,9 @@ def test_every_level_against_numpy(made, case_file, level, threads):
 
 def test_levels_are_as_they_should_be():
     """The list above is all there is, and a fast level goes where the processor can."""
-    flags = Path("/proc/cpuinfo").read_text() if "ENTROLLM_OPS_COMMAND" not in os.environ else ""
+    if not Path("/proc/cpuinfo").is_file() or "ENTROLLM_OPS_COMMAND" in os.environ:
+        pytest.skip("what the processor can is not known here")
+    flags = Path("/proc/cpuinfo").read_text()
     needed = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2")
     fast = all(re.search(rf"\b{flag}\b", flags) for flag in needed)
     assert levels() == [*["avx512"] * fast, "generic", "ref"]
@@ -77,16 +79,22 @@ def test_levels_are_as_they_should_be():
 
 def test_any_bits_mean_the_same_at_every_level(made, tmp_path):
     """Codes that no encoder wrote: lanes end within a code, or run out of words and go on with zeros (docs/format.md 6, step 3)."""
-    generator = np.random.default_rng(7)
+    cases = scrambled(made, np.random.default_rng(7))
     path = tmp_path / "scrambled.gguf"
-    write(path, scrambled(made, generator))
-    generic = run(path, "generic", 1)[1]
-    for level in levels():
-        result = run(path, level, 1)[1]
-        if level == "ref":  # its sums of products are in another order
-            assert np.abs(result - generic).max() <= 1e-5 * np.abs(generic).max()
-        else:
-            assert np.array_equal(result, generic), level
+    write(path, cases)
+    ref = run(path, "ref", 1)[1]
+    fast = {level: run(path, level, 1)[1] for level in levels() if level != "ref"}
+    for level, results in fast.items():
+        assert np.array_equal(results, fast["generic"]), level
+    at = 0
+    for one in cases:
+        part = slice(at, at + one.n_results)
+        at = part.stop
+        if one.columns is None:  # nothing is summed
+            assert np.array_equal(fast["generic"][part], ref[part]), str(one.case)
+        else:  # ref sums in another order
+            assert np.abs(fast["generic"][part] - ref[part]).max() <= 5e-7 * one.largest(), str(one.case)
+    assert at == ref.size
 
 
 def test_the_best_level_is_the_default(case_file):

@@ -28,7 +28,9 @@ done
 
 ops() {
     "$bin/python" tests/fused_cases.py "$work/cases.gguf"
-    for level in $("$built/test-entropy-ops" --levels); do
+    local levels # apart from the assignment, whose failure it would hide
+    levels=$("$built/test-entropy-ops" --levels)
+    for level in $levels; do
         echo "== ops, level $level"
         GGML_ENTROPY_KERNEL=$level "$built/test-entropy-ops" "$work/cases.gguf" "$work/out.f32" "$@" 2>&1 | tee "$work/ops-$level.log" || status=1
     done

@@ -31,8 +31,8 @@ static constexpr int LANES = GGML_ENTROPY_LANES;
 // Q8_0 blocks that stand for one block of a column, if the weights have offsets.
 static constexpr int N_TERMS = 2;
 
-// Columns of src1 that are multiplied at a time. As a matrix product: with 64 of them, the rows of a group and the columns fit in an L2 cache for up
-// to 4096 weights a row. One by one: 8 columns and a row fit in an L1 cache for up to 3000.
+// Columns of src1 that are multiplied at a time. As a matrix product: 64 of them and the rows of a group are 410 KB for 4096 weights a row,
+// about an L2 cache. One by one: 8 columns and a row fit in an L1 cache for up to 3000 weights a row.
 static constexpr int COLUMN_BLOCK     = 64;
 static constexpr int COLUMN_BLOCK_DOT = 8;
 
@@ -232,89 +232,79 @@ static void quantize_columns(worker & wk) {
     }
 }
 
-// Up to COLUMN_BLOCK columns of src1: their numbers in the work buffer, and where the results of a row group go.
-struct column_block {
-    int     n = 0;
-    int64_t column[COLUMN_BLOCK];
-    float * dst   [COLUMN_BLOCK];
+static ggml_type row_type(const worker & wk) {
+    return wk.w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
+}
 
-    // How many, from the first on, stand side by side in src1 and equally far apart in dst.
-    int n_adjacent() const {
-        int i = 1;
-        while (i < n && column[i] == column[i - 1] + 1 && dst[i] - dst[i - 1] == dst[1] - dst[0]) {
-            i++;
-        }
-        return std::min(i, n);
+// A row group of the slab that is open into the rows of the scratch.
+static void decode_group(worker & wk, int64_t group) {
+    const int n_lanes = wk.n_lanes(group);
+    for (int64_t slice = 0; slice < wk.decoder->view.n_slices; slice++) {
+        wk.kernel.decode_lanes(wk.decoder, group, slice, 0, n_lanes);
+        ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, row_type(wk), wk.rows, wk.layout.row_size);
     }
-};
+}
 
-// What the offsets add, and the second terms of the columns: rest, or nothing yet.
-static void add_offsets(const worker & wk, int64_t group, int n_lanes, const float * rest, int64_t column, float * dst) {
+// To the products of a group's rows with a column: those with its second term, and what the offsets add.
+static void add_offsets(const worker & wk, int64_t group, const float * rest, int64_t column, float * dst) {
     const float sum = wk.at<float>(wk.layout.sums)[column];
-    for (int l = 0; l < n_lanes; l++) {
+    for (int l = 0; l < wk.n_lanes(group); l++) {
         dst[l] += rest[l] + ggml_entropy_row_offset(&wk.decoder->view, group*LANES + l)*sum;
     }
 }
 
-// The decoded rows times the first n columns of a block, as a matrix product. False, and nothing done, if there is none for them.
-static bool multiply_adjacent(worker & wk, ggml_type type, int64_t group, int n_lanes, const column_block & block, int n) {
+// The rows times n > 1 columns that stand side by side, as a matrix product; the results of a column are dst_stride floats apart. False, and
+// nothing done, if the kernel has no product for them.
+static bool multiply_adjacent(worker & wk, int64_t group, int64_t first, int64_t n, float * dst, int64_t dst_stride) {
     const int64_t n_blocks = wk.w->ne[0]/QK8_0;
-    const int64_t stride   = block.dst[1] - block.dst[0];
-    const int64_t first    = block.column[0];
-    if (!wk.kernel.multiply(type, wk.rows, wk.column(0, first), n_lanes, n, n_blocks, block.dst[0], stride)) {
-        return false;
-    }
-    if (wk.has_offset) {
-        float rest[COLUMN_BLOCK*LANES];
-        wk.kernel.multiply(type, wk.rows, wk.column(1, first), n_lanes, n, n_blocks, rest, LANES);
-        for (int i = 0; i < n; i++) {
-            add_offsets(wk, group, n_lanes, rest + i*LANES, first + i, block.dst[i]);
+    const int     n_lanes  = wk.n_lanes(group);
+    for (int64_t i0 = 0, n_block; i0 < n; i0 += n_block) {
+        n_block = std::min<int64_t>(COLUMN_BLOCK, n - i0);
+        if (n - i0 - n_block == 1) {
+            n_block--; // ggml's products are of two columns or more, and so are stock types' for this one
+        }
+        float * to = dst + i0*dst_stride;
+        if (!wk.kernel.multiply(row_type(wk), wk.rows, wk.column(0, first + i0), n_lanes, n_block, n_blocks, to, dst_stride)) {
+            return false;
+        }
+        if (wk.has_offset) {
+            float rest[COLUMN_BLOCK*LANES];
+            wk.kernel.multiply(row_type(wk), wk.rows, wk.column(1, first + i0), n_lanes, n_block, n_blocks, rest, LANES);
+            for (int64_t i = 0; i < n_block; i++) {
+                add_offsets(wk, group, rest + i*LANES, first + i0 + i, to + i*dst_stride);
+            }
         }
     }
     return true;
 }
 
-// The same one by one, for columns that stand anywhere.
-static void multiply_scattered(worker & wk, ggml_type type, int64_t group, int n_lanes, const column_block & block, int n) {
-    const ggml_vec_dot_t dot = type == GGML_TYPE_Q8_0 ? wk.kernel.dot_eq8 : wk.kernel.dot_eq4;
-    float rest[COLUMN_BLOCK_DOT][LANES];
-    for (int l = 0; l < n_lanes; l++) {
-        const char * row = wk.rows + l*wk.layout.row_size;
-        for (int i = 0; i < n; i++) {
-            dot((int) wk.w->ne[0], &block.dst[i][l], 0, row, 0, wk.column(0, block.column[i]), 0, 1);
-            if (wk.has_offset) {
-                dot((int) wk.w->ne[0], &rest[i][l], 0, row, 0, wk.column(1, block.column[i]), 0, 1);
+// The rows times n columns that may stand anywhere: where(i, &column, &dst) tells the number of column i in the work buffer and the result
+// column in dst.
+template <typename Where>
+static void multiply_scattered(worker & wk, int64_t group, int64_t n, const Where & where) {
+    const ggml_vec_dot_t dot     = wk.w->type == GGML_TYPE_EQ8 ? wk.kernel.dot_eq8 : wk.kernel.dot_eq4;
+    const int            n_lanes = wk.n_lanes(group);
+    for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK_DOT) {
+        const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK_DOT, n - i0);
+        int64_t column[COLUMN_BLOCK_DOT];
+        float * dst   [COLUMN_BLOCK_DOT];
+        for (int i = 0; i < n_block; i++) {
+            where(i0 + i, &column[i], &dst[i]);
+            dst[i] += group*LANES;
+        }
+        float rest[COLUMN_BLOCK_DOT][LANES];
+        for (int l = 0; l < n_lanes; l++) {
+            const char * row = wk.rows + l*wk.layout.row_size;
+            for (int i = 0; i < n_block; i++) {
+                dot((int) wk.w->ne[0], &dst[i][l], 0, row, 0, wk.column(0, column[i]), 0, 1);
+                if (wk.has_offset) {
+                    dot((int) wk.w->ne[0], &rest[i][l], 0, row, 0, wk.column(1, column[i]), 0, 1);
+                }
             }
         }
-    }
-    for (int i = 0; wk.has_offset && i < n; i++) {
-        add_offsets(wk, group, n_lanes, rest[i], block.column[i], block.dst[i]);
-    }
-}
-
-// Decode a row group of the slab that is open and multiply it with n columns. where(i, &column, &dst) tells the number of column i in
-// the work buffer and the result column in dst.
-template <typename Where>
-static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & where) {
-    const ggml_type type    = wk.w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
-    const int       n_lanes = wk.n_lanes(group);
-    for (int64_t slice = 0; slice < wk.decoder->view.n_slices; slice++) {
-        wk.kernel.decode_lanes(wk.decoder, group, slice, 0, n_lanes);
-        ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, type, wk.rows, wk.layout.row_size);
-    }
-
-    for (int64_t i0 = 0; i0 < n;) {
-        column_block block;
-        for (; block.n < std::min<int64_t>(COLUMN_BLOCK, n - i0); block.n++) {
-            where(i0 + block.n, &block.column[block.n], &block.dst[block.n]);
-            block.dst[block.n] += group*LANES;
+        for (int i = 0; wk.has_offset && i < n_block; i++) {
+            add_offsets(wk, group, rest[i], column[i], dst[i]);
         }
-        int n_done = block.n_adjacent();
-        if (n_done == 1 || !multiply_adjacent(wk, type, group, n_lanes, block, n_done)) {
-            n_done = std::min(COLUMN_BLOCK_DOT, block.n);
-            multiply_scattered(wk, type, group, n_lanes, block, n_done);
-        }
-        i0 += n_done;
     }
 }
 
@@ -343,16 +333,30 @@ static void mul_mat(worker & wk, ggml_tensor * dst) {
     const int64_t n_groups = (wk.w->ne[1] + LANES - 1)/LANES;
     const int64_t n_i11    = x->ne[1];
     const int64_t n_i12    = x->ne[2]/n_slabs; // planes of src1 that share a slab
+    const int64_t n_planes = n_i12*x->ne[3];
     for (int64_t unit = wk.params->ith; unit < n_slabs*n_groups; unit = next_unit(wk)) {
         const int64_t i_slab = unit/n_groups;
-        wk.open(i_slab);
-        multiply_group(wk, unit % n_groups, n_i11*n_i12*x->ne[3], [&](int64_t i, int64_t * column, float ** to) {
+        const int64_t group  = unit % n_groups;
+        const auto where = [&](int64_t i, int64_t * column, float ** to) {
             const int64_t i11 = i % n_i11;
             const int64_t i12 = i / n_i11 % n_i12 + i_slab*n_i12;
             const int64_t i13 = i / n_i11 / n_i12;
             *column = (i13*x->ne[2] + i12)*n_i11 + i11;
             *to     = (float *) ((char *) dst->data + i11*dst->nb[1] + i12*dst->nb[2] + i13*dst->nb[3]);
-        });
+        };
+        wk.open(i_slab);
+        decode_group(wk, group);
+        // as for stock types: a matrix product for each plane of several columns. It is there for all or for none
+        bool done = n_i11 > 1;
+        for (int64_t i = 0; done && i < n_planes; i++) {
+            int64_t first;
+            float * to;
+            where(i*n_i11, &first, &to);
+            done = multiply_adjacent(wk, group, first, n_i11, to + group*LANES, dst->nb[1]/sizeof(float));
+        }
+        if (!done) {
+            multiply_scattered(wk, group, n_i11*n_planes, where);
+        }
     }
 }
 
@@ -415,8 +419,11 @@ static void mul_mat_id(worker & wk, ggml_tensor * dst) {
     const int64_t n_groups  = (wk.w->ne[1] + LANES - 1)/LANES;
     for (int64_t unit = wk.params->ith; unit < n_active*n_groups; unit = next_unit(wk)) {
         const int32_t expert = active[unit/n_groups];
+        const int64_t group  = unit % n_groups;
         wk.open(expert);
-        multiply_group(wk, unit % n_groups, first[expert + 1] - first[expert], [&](int64_t i, int64_t * column, float ** to) {
+        decode_group(wk, group);
+        // one by one, as for stock types
+        multiply_scattered(wk, group, first[expert + 1] - first[expert], [&](int64_t i, int64_t * column, float ** to) {
             const route r = routes[first[expert] + i];
             *column = r.token*x->ne[1] + r.slot % x->ne[1];
             *to     = (float *) ((char *) dst->data + r.slot*dst->nb[1] + r.token*dst->nb[2]);

@@ -2,8 +2,8 @@
 //
 // Level avx512: all 32 lanes of a tile at once, one lane in each 16-bit element of a register. Products are those of generic.
 //
-// Needs AVX-512 F, BW, VL, VBMI and VBMI2 (Intel from Ice Lake on, AMD from Zen 4 on), asked of the processor at run time: the file is
-// compiled for them whatever the rest is compiled for.
+// Needs AVX-512 F, BW, VL, VBMI and VBMI2 (Intel's servers from Ice Lake on, AMD from Zen 4 on), asked of the processor at run time: the file
+// is compiled for them whatever the rest is compiled for.
 //
 // A code costs the same number of instructions whatever its length: the table of 256 entries stands in eight registers, and a look-up is
 // four permutations for its lengths and four for its biases. Codes are taken in twos, since two are at most 30 bits: a window of 32 bits
@@ -11,7 +11,8 @@
 
 #include "entropy-kernel.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// GCC for Windows keeps the stack aligned to 16 bytes only and spills registers of 64 as if it were aligned to 64 (its bug 54412).
+#if defined(__x86_64__) && defined(__GNUC__) && (!defined(_WIN32) || defined(__clang__))
 
 #include <immintrin.h>
 
@@ -24,7 +25,7 @@ namespace {
 
 constexpr int LANES = GGML_ENTROPY_LANES;
 
-// Of fewer lanes the portable decoder takes each for itself: a row of GET_ROWS, a short last group.
+// Fewer lanes are the portable decoder's, whose time goes with their number: a row of GET_ROWS, a short last group.
 constexpr int MIN_LANES = 8;
 
 // Symbols of a lane that are put together before they are stored: a cache line.
@@ -90,6 +91,7 @@ static INLINE void look_up(const table & tab, __m512i index, __m512i & t, __m512
 // The tile's word rows with a place for every lane, zero where a lane has no more words, and a row of zeros behind the last, whose number is
 // returned. rows has room for MAX_LANE_WORDS + 1 of them. Reads up to 64 bytes past the tile.
 static INLINE int expand_tile(const uint32_t * src, const uint8_t * lane_words, uint32_t * rows) {
+    static_assert(GGML_ENTROPY_SLACK >= 64, "what is read past the last tile");
     const __m256i lengths = _mm256_loadu_si256((const __m256i *) lane_words);
     for (int j = 0;; j++, rows += LANES) {
         // lengths are at most 255: at j = 255 no lane is left, before the comparison of bytes would wrap
@@ -128,7 +130,6 @@ static INLINE void advance(half & h, __m512i position, const uint32_t * rows) {
     h.next = _mm512_mask_mov_epi32(h.next, moved, h.then);
     h.then = _mm512_mask_i32gather_epi32(h.then, moved, _mm512_min_epu32(_mm512_add_epi32(word, h.ahead), h.last), rows, 4);
 }
-
 
 // Two codes of every lane; the first symbol in the low byte.
 static INLINE __m512i decode_two(const table & tab, half & low, half & high, __m512i & position, const uint32_t * rows) {

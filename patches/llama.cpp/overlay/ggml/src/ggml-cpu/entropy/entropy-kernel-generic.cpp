@@ -7,7 +7,7 @@
 #include "ggml-cpu-impl.h"
 #include "llamafile/sgemm.h"
 
-// The 8-bit products of these instruction sets work alone; others meet at the thread pool's barriers.
+// Those of these instruction sets need nothing of the thread pool, which is not passed on; PPC has one too, untried here.
 #if defined(GGML_USE_LLAMAFILE) && (defined(__AVX__) || defined(__ARM_FEATURE_DOTPROD))
 static bool multiply_generic(
         ggml_type type, const void * rows, const void * columns, int64_t m, int64_t n, int64_t n_blocks, float * dst, int64_t dst_stride) {

@@ -3,14 +3,14 @@
 // The inner functions of fused mode on the CPU, at several levels:
 //
 //     ref      as docs/format.md reads, one bit and one product at a time; every other level is tested against it
-//     generic  portable C decoding (ggml-entropy.c), ggml's own dot products
+//     generic  portable C decoding (ggml-entropy.c), ggml's own dot and matrix products
 //     avx512   32 lanes at once; only there if the processor can
 //
 // A level is a row of the table in entropy-kernel.cpp, best first. GGML_ENTROPY_KERNEL in the environment forces one by name; test
 // backends that ask for ggml's reference implementation get ref.
 //
 // The contract of a new level: fill the struct below from a file of its own (entropy-kernel-<name>.cpp) and add it to the table.
-// Symbols must be equal to ref's, bit by bit; dot products equal within rounding of float sums.
+// Symbols must be equal to ref's, bit by bit; products equal within rounding of float sums.
 
 #pragma once
 
@@ -21,7 +21,8 @@ struct ggml_entropy_kernel {
     const char * name;
 
     // As ggml_entropy_decoder_lanes: symbols of the lanes [lane0, lane1) of a tile of a validated slab into decoder->symbols. Stays in bounds
-    // for any bitstream: reads at most GGML_ENTROPY_SLACK bytes past its end, writes nothing but words and symbols of *decoder.
+    // for any bitstream: reads at most GGML_ENTROPY_SLACK bytes past its end, writes nothing but *decoder. Symbols of other lanes, and those
+    // behind the tile's last, may change.
     void (*decode_lanes)(ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1);
 
     // Dot product of n weights (a multiple of 32) with a column of Q8_0, nrc = 1. EQ8: weights as Q8_0, EQ4: as Q4_0.
