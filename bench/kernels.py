@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`.
 
-Decoding: the portable decoder, one thread, codes of a matrix of 2048 x 1024 from its payload, at several entropies, best of the repeats. Products:
+Decoding: the portable decoder, one thread, codes of a matrix of 2048 x 1024 from its payload, at several entropies, best of the repeats; and at
+every kernel level the product of that matrix with one column, which is mostly decoding. Products of large matrices:
 test-backend-ops in mode perf (on half as many threads as there are processors), entropy-coded types at every kernel level beside the stock
 types they decode to; types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever make it slower.
 """
@@ -13,9 +14,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import gguf
 import numpy as np
 
 from entrollm_gguf import codec, runtime
@@ -26,9 +29,9 @@ _LINE = re.compile(r"MUL_MAT\(type_a=(\w+),.*?m=(\d+),n=(\d+),k=(\d+).*?([\d.]+)
 
 
 def decoding(repeats: int) -> list[dict]:
-    """G symbols per second of ggml_entropy_decode_groups."""
+    """G symbols per second of ggml_entropy_decode_groups, and of products with one column at every level."""
     generator = np.random.default_rng(0)
-    rows = []
+    rows, encodings = [], []
     for sigma in (1.95, 3.9, 9.6, 28.0):
         codes = np.clip(np.rint(generator.normal(0, sigma, (2048, 1024))), -128, 127).astype(np.int8)
         encoded = codec.encode(EntropyType.EQ8, codes, np.ones(1, np.float16))
@@ -37,9 +40,27 @@ def decoding(repeats: int) -> list[dict]:
             started = time.perf_counter()
             codec.decode(EntropyType.EQ8, encoded.payload, codes.shape, threads=1)
             times.append(time.perf_counter() - started)
-        row = {"entropy": encoded.entropy_bits / codes.size, "gsymbols_per_second": codes.size / min(times) / 1e9}
-        rows.append(row)
-        print(f"decode at {row['entropy']:.2f} bits: {row['gsymbols_per_second']:.2f} Gsym/s")
+        encodings.append(encoded)
+        rows.append({"entropy": encoded.entropy_bits / codes.size, "gsymbols_per_second": codes.size / min(times) / 1e9})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cases.gguf"
+        writer = gguf.GGUFWriter(path, "test")
+        for i, encoded in enumerate(encodings):
+            writer.add_tensor(f"{i}.w", encoded.payload, raw_shape=codes.shape, raw_dtype=gguf.GGMLQuantizationType.EQ8)
+            writer.add_tensor(f"{i}.x", generator.normal(0, 1, codes.shape[1]).astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        for level in levels():
+            command = [runtime.tool("test-entropy-ops"), "--speed", path]
+            variables = {**os.environ, "GGML_ENTROPY_KERNEL": level}
+            runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout for _ in range(repeats)]
+            for row, *us in zip(rows, *(output.split() for output in runs)):
+                row[f"product_gweights_per_second_{level}"] = codes.size / min(map(int, us)) / 1e3
+    for row in rows:
+        products = ", ".join(f"{key.rpartition('_')[2]} {value:.2f}" for key, value in row.items() if key.startswith("product"))
+        print(f"{row['entropy']:.2f} bits: decoding {row['gsymbols_per_second']:.2f} Gsym/s; with one column, Gweights/s: {products}")
     return rows
 
 

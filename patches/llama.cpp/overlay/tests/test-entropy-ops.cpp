@@ -3,7 +3,8 @@
 // Runs ops with entropy-coded weights on the CPU backend, for whoever knows the right results (tests/cross/test_fused_ops.py).
 //
 //   test-entropy-ops CASES.gguf OUT.f32 [N_THREADS...]
-//   test-entropy-ops --levels        the kernel levels that can run here, best first, a line each
+//   test-entropy-ops --levels            the kernel levels that can run here, best first, a line each
+//   test-entropy-ops --speed CASES.gguf  microseconds of every case with one thread, the best of 30 runs, a line each
 //
 // CASES.gguf holds for case i = 0, 1, ... the tensors "i.w" (weights, any type), "i.x" (F32: MUL_MAT, or MUL_MAT_ID if there is "i.ids" too) or
 // "i.ids" alone (I32: GET_ROWS). OUT.f32 receives the results one after the other, as floats. Every case runs with each number of
@@ -15,6 +16,8 @@
 #include "ggml-backend.h"
 #include "gguf.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -64,27 +67,62 @@ struct case_file {
     }
 };
 
-static std::vector<float> run(const case_file & cases, int i, ggml_backend_t backend) {
-    ggml_init_params params = { ggml_tensor_overhead()*8 + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
-    ggml_context * ctx = ggml_init(params);
-    ggml_tensor * w   = cases.find(i, "w");
-    ggml_tensor * x   = cases.find(i, "x");
-    ggml_tensor * ids = cases.find(i, "ids");
-    ggml_tensor * out = x == nullptr ? ggml_get_rows(ctx, w, ids) : ids == nullptr ? ggml_mul_mat(ctx, w, x) : ggml_mul_mat_id(ctx, w, x, ids);
-    if (!ggml_backend_supports_op(backend, out)) {
-        fail("case " + std::to_string(i) + ": the backend does not support it");
+// The graph of one case.
+struct case_graph {
+    ggml_context * ctx;
+    ggml_tensor  * out;
+    ggml_cgraph  * graph;
+    ggml_gallocr_t alloc;
+    ggml_backend_t backend;
+    int            i;
+
+    case_graph(const case_file & cases, int i, ggml_backend_t backend) : backend(backend), i(i) {
+        ggml_init_params params = { ggml_tensor_overhead()*8 + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+        ctx = ggml_init(params);
+        ggml_tensor * w   = cases.find(i, "w");
+        ggml_tensor * x   = cases.find(i, "x");
+        ggml_tensor * ids = cases.find(i, "ids");
+        out = x == nullptr ? ggml_get_rows(ctx, w, ids) : ids == nullptr ? ggml_mul_mat(ctx, w, x) : ggml_mul_mat_id(ctx, w, x, ids);
+        if (!ggml_backend_supports_op(backend, out)) {
+            fail("case " + std::to_string(i) + ": the backend does not support it");
+        }
+        graph = ggml_new_graph(ctx);
+        ggml_build_forward_expand(graph, out);
+        alloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend));
+        if (!ggml_gallocr_alloc_graph(alloc, graph)) {
+            fail("case " + std::to_string(i) + ": out of memory");
+        }
     }
-    ggml_cgraph * graph = ggml_new_graph(ctx);
-    ggml_build_forward_expand(graph, out);
-    ggml_gallocr_t alloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend));
-    if (!ggml_gallocr_alloc_graph(alloc, graph) || ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
-        fail("case " + std::to_string(i) + ": cannot be computed");
+
+    ~case_graph() {
+        ggml_gallocr_free(alloc);
+        ggml_free(ctx);
     }
-    std::vector<float> result(ggml_nelements(out));
-    ggml_backend_tensor_get(out, result.data(), 0, ggml_nbytes(out));
-    ggml_gallocr_free(alloc);
-    ggml_free(ctx);
-    return result;
+
+    void compute() {
+        if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
+            fail("case " + std::to_string(i) + ": cannot be computed");
+        }
+    }
+
+    std::vector<float> result() const {
+        std::vector<float> values(ggml_nelements(out));
+        ggml_backend_tensor_get(out, values.data(), 0, ggml_nbytes(out));
+        return values;
+    }
+};
+
+static void print_speeds(const case_file & cases, ggml_backend_t backend) {
+    for (int i = 0; cases.find(i, "w") != nullptr; i++) {
+        case_graph graph(cases, i, backend);
+        int64_t best = INT64_MAX;
+        for (int repeat = 0; repeat < 30; repeat++) {
+            const int64_t started = ggml_time_us();
+            graph.compute();
+            best = std::min(best, ggml_time_us() - started);
+        }
+        printf("%lld\n", (long long) best);
+    }
 }
 
 int main(int argc, char ** argv) {
@@ -98,12 +136,19 @@ int main(int argc, char ** argv) {
         return 0;
     }
     if (argc < 3) {
-        fprintf(stderr, "usage: %s CASES.gguf OUT.f32 [N_THREADS...] | --levels\n", argv[0]);
+        fprintf(stderr, "usage: %s CASES.gguf OUT.f32 [N_THREADS...] | --levels | --speed CASES.gguf\n", argv[0]);
         return 1;
     }
     ggml_backend_t     cpu    = ggml_backend_dev_init(device, nullptr);
     const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
     const auto kernel = (const char * (*)()) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_kernel");
+
+    if (strcmp(argv[1], "--speed") == 0) {
+        set_n_threads(cpu, 1);
+        print_speeds(case_file(argv[2], cpu), cpu);
+        ggml_backend_free(cpu);
+        return 0;
+    }
 
     std::vector<int> thread_counts;
     for (int i = 3; i < argc; i++) {
@@ -124,7 +169,9 @@ int main(int argc, char ** argv) {
         for (const int n_threads : thread_counts) {
             set_n_threads(cpu, n_threads);
             for (int repeat = 0; repeat < 2; repeat++) {
-                const std::vector<float> result = run(cases, n_cases, cpu);
+                case_graph graph(cases, n_cases, cpu);
+                graph.compute();
+                const std::vector<float> result = graph.result();
                 if (first.empty()) {
                     first = result;
                 } else if (memcmp(first.data(), result.data(), first.size()*sizeof(float)) != 0) {
