@@ -63,6 +63,8 @@ def make_files(source: Path, folder: Path) -> list[Run]:
 def measure(run: Run) -> tuple[list[dict], dict[str, float]]:
     """llama-bench's records, and tokens per second of prompt and generation."""
     records = json.loads(run_tool("llama-bench", ["-m", run.path, *ARGUMENTS], model=run.path, mode=run.mode).stdout)
+    for record in records:
+        record["model_filename"] = Path(record["model_filename"]).name  # the folder is a temporary one
     return records, {"prompt" if record["n_prompt"] else "generation": record["avg_ts"] for record in records}
 
 
