@@ -61,7 +61,7 @@ bench-e2e: runtime ## llama-bench over stock types and ours in load and fused mo
 	@mkdir -p build/bench
 	$(BIN)/python bench/e2e.py build/bench/e2e.json
 
-bench-memory: runtime ## resident memory of fused mode against the compressed size; build/bench/memory.json
+bench-memory: runtime ## resident memory of fused mode against the compressed size, cold starts; build/bench/memory.json
 	@mkdir -p build/bench
 	$(BIN)/python bench/memory.py build/bench/memory.json
 

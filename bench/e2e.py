@@ -25,7 +25,7 @@ from entrollm_gguf.inspect.decode import decode_file
 
 ROUNDS = 5
 STOCK = ("Q8_0", "Q4_K_M")
-RECIPES = ("EQ8", "EQ8-rows", "EQ8-paper", "EQ4-rows")
+RECIPES = ("EQ8-4.5", "EQ8", "EQ8-paper", "EQ4-rows")
 ARGUMENTS = ("-p", "256", "-n", "32", "-r", "1", "-o", "json")
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`.
+"""Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`, a quarter of an hour on two cores.
 
-Decoding: the portable decoder, one thread, codes of a matrix of 2048 x 1024 from its payload, at several entropies, best of the repeats; and at
-every kernel level the product of that matrix with one column, which is mostly decoding. Products of large matrices:
+One column: decoding and multiplying by one column of activations, one thread, at every kernel level, for matrices of EQ8 at several entropies
+beside Q8_0 in the same run; and the portable decoder alone, codes of the same matrices from their payloads. Several columns:
 test-backend-ops in mode perf (on half as many threads as there are processors), entropy-coded types at every kernel level beside the stock
-types they decode to; types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever make it slower.
+types they decode to. Levels and types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever
+make it slower.
 """
 
 from __future__ import annotations
@@ -16,52 +17,81 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from entrollm_gguf import codec, runtime
-from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.codec import EntropyType, Payload
 from entrollm_gguf.eval.demo import environment
 
 _LINE = re.compile(r"MUL_MAT\(type_a=(\w+),.*?m=(\d+),n=(\d+),k=(\d+).*?([\d.]+) us/run")
 
 
-def decoding(repeats: int) -> list[dict]:
-    """G symbols per second of ggml_entropy_decode_groups, and of products with one column at every level."""
+_SHAPES = ((2048, 1024), (4096, 14336), (1536, 576))  # one that stays in the cache, a layer of a model of 8B, one of 135M
+_SIGMAS = (1.95, 3.9, 5.5, 9.6, 28.0, 37.0)  # of Gaussian codes: from 3 to 7.2 bits
+
+
+def one_column(repeats: int) -> list[dict]:
+    """G weights per second of products with one column, and of decoding alone; a row for each shape and entropy, and for Q8_0."""
+    return [row for shape in _SHAPES for row in _one_shape(shape, repeats)]
+
+
+def _one_shape(shape: tuple[int, int], repeats: int) -> list[dict]:
     generator = np.random.default_rng(0)
-    rows, encodings = [], []
-    for sigma in (1.95, 3.9, 9.6, 28.0):
-        codes = np.clip(np.rint(generator.normal(0, sigma, (2048, 1024))), -128, 127).astype(np.int8)
-        encoded = codec.encode(EntropyType.EQ8, codes, np.ones(1, np.float16))
-        times = []
-        for _ in range(4 * repeats):
-            started = time.perf_counter()
-            codec.decode(EntropyType.EQ8, encoded.payload, codes.shape, threads=1)
-            times.append(time.perf_counter() - started)
-        encodings.append(encoded)
-        rows.append({"entropy": encoded.entropy_bits / codes.size, "gsymbols_per_second": codes.size / min(times) / 1e9})
+    n_weights = shape[0] * shape[1]
+    types = gguf.GGMLQuantizationType
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cases.gguf"
         writer = gguf.GGUFWriter(path, "test")
-        for i, encoded in enumerate(encodings):
-            writer.add_tensor(f"{i}.w", encoded.payload, raw_shape=codes.shape, raw_dtype=gguf.GGMLQuantizationType.EQ8)
-            writer.add_tensor(f"{i}.x", generator.normal(0, 1, codes.shape[1]).astype(np.float32))
+
+        def add(weights: np.ndarray, ggml_type: gguf.GGMLQuantizationType, **told: object) -> None:
+            i, raw_shape = len(rows), shape if ggml_type is types.EQ8 else None
+            writer.add_tensor(f"{i}.w", weights, raw_shape=raw_shape, raw_dtype=ggml_type)
+            writer.add_tensor(f"{i}.x", generator.standard_normal(shape[1], np.float32))
+            rows.append({"type": ggml_type.name, "shape": shape, "bits_per_weight": weights.nbytes * 8 / n_weights, **told})
+
+        for sigma in _SIGMAS:
+            codes = np.clip(np.rint(sigma * generator.standard_normal(shape, np.float32)), -127, 127).astype(np.int8)
+            encoded = codec.encode(EntropyType.EQ8, codes, np.ones(1, np.float16), name=f"{len(rows)}.w")
+            payload = Payload(EntropyType.EQ8, encoded.payload, shape)
+            seconds = _best(lambda: payload.codes(threads=1), repeats)
+            code = payload.header.code
+            add(
+                encoded.payload, types.EQ8, sigma=sigma, entropy=encoded.entropy_bits / n_weights,
+                raw_bits=code.raw_bits, tail_planes=code.n_planes, decoding_gweights_per_second=n_weights / seconds / 1e9,
+            )  # fmt: skip
+        add(payload.plain()[1], types.Q8_0)  # of the last one: the time does not depend on what the codes are
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        for level in levels():
-            command = [runtime.tool("test-entropy-ops"), "--speed", path]
-            variables = {**os.environ, "GGML_ENTROPY_KERNEL": level}
-            runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout for _ in range(repeats)]
-            for row, *us in zip(rows, *(output.split() for output in runs)):
-                row[f"product_gweights_per_second_{level}"] = codes.size / min(map(int, us)) / 1e3
-    for row in rows:
-        products = ", ".join(f"{key.rpartition('_')[2]} {value:.2f}" for key, value in row.items() if key.startswith("product"))
-        print(f"{row['entropy']:.2f} bits: decoding {row['gsymbols_per_second']:.2f} Gsym/s; with one column, Gweights/s: {products}")
+        microseconds: dict[str, list[list[int]]] = {level: [] for level in levels()}
+        for _ in range(repeats):
+            for level, runs in microseconds.items():
+                variables = {**os.environ, "GGML_ENTROPY_KERNEL": level}
+                output = subprocess.run([runtime.tool("test-entropy-ops"), "--speed", path], capture_output=True, text=True, check=True, env=variables)
+                runs.append(list(map(int, output.stdout.split())))
+    for i, row in enumerate(rows):
+        row["product_gweights_per_second"] = {level: n_weights / max(1, min(run[i] for run in runs)) / 1e3 for level, runs in microseconds.items()}
+        products = ", ".join(f"{level} {speed:.2f}" for level, speed in row["product_gweights_per_second"].items())
+        what = f"{row['entropy']:.2f} bits, {row['raw_bits']} raw, {row['tail_planes']} planes" if "entropy" in row else ""
+        alone = f"; decoding alone {row['decoding_gweights_per_second']:.2f}" if "entropy" in row else ""
+        print(f"{row['type']:5} {shape[0]:5} x {shape[1]:5} {what:27} Gweights/s with one column: {products}{alone}", flush=True)
     return rows
+
+
+def _best(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the quickest run."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def levels() -> list[str]:
@@ -102,7 +132,7 @@ def main(out: Path, repeats: int) -> None:
         "command": f"python bench/kernels.py OUT.json {repeats}",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "environment": environment(),
-        "decoding": decoding(repeats),
+        "one_column": one_column(repeats),
         "products": products(repeats),
     }
     out.write_text(json.dumps(report, indent=2) + "\n")

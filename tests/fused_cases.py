@@ -4,7 +4,7 @@
 Activations are chosen so that quantizing them to Q8_0 loses nothing (integers up to 127, each block of 32 with its 127, times a power of
 two): then the results depend on the weights alone, which come from the reference decoder.
 
-`python fused_cases.py FILE` writes the cases without computing results, and once more with random bitstreams, for the sanitizers.
+`python fused_cases.py FILE` writes the cases without computing results, and once more with random bodies, for the sanitizers.
 """
 
 from __future__ import annotations
@@ -47,17 +47,20 @@ def all_cases() -> list[Case]:
     """Every shape class, kind of table, mode and op."""
     cases = []
     for kind in EntropyType:
-        for n_rows in (1, 31, 32, 33):
+        for n_rows in (1, 15, 16, 17, 31, 32, 33):  # groups of 16 rows in files, of 32 on devices
             for n_cols in (32, 64, 576):
                 cases += [Case(kind, n_rows, n_cols, n, offset=o) for n, o in ((1, "none"), (3, "row"), (40, "one"))]
         cases += [Case(kind, 65, 4096, n, offset=o, tile_cols=t) for n, o, t in ((1, "none", 512), (5, "row", None), (17, "none", 1024))]
-        # around the 64 columns that are multiplied at a time
-        cases += [Case(kind, 33, 96, n, offset=o) for n, o in ((64, "none"), (65, "row"), (65, "none"), (130, "row"))]
+        # columns are multiplied by fours, and up to 512 in a round
+        cases += [Case(kind, 33, 96, n, offset=o) for n in (2, 3, 4, 5, 6, 7) for o in ("none", "row")]
+        cases += [Case(kind, 17, 32, n, offset=o) for n, o in ((512, "none"), (513, "row"), (1030, "none"), (1030, "row"))]
         for codes in ("one symbol", "escapes", "uniform", "two symbols", "zero scale", "ragged"):
             for n_columns, offset in ((1, "none"), (9, "row")):
                 cases.append(
                     Case(kind, 70, 576, n_columns, codes=codes, offset=offset, scale="one" if n_columns == 1 else "row", tile_cols=512)
                 )
+        # raw bits of every width: a normal distribution of codes that doubles in width with every row more
+        cases += [Case(kind, n_rows, 320, n, codes="bits of all kinds", offset="none") for n_rows in range(35, 42) for n in (1, 5)]
         # planes of src1 that share a slab, and stacks of matrices
         cases += [Case(kind, 40, 96, 3, planes=4), Case(kind, 40, 96, 3, n_slabs=3, planes=2, offset="row")]
         # experts: none of some, all of one, many tokens
@@ -65,7 +68,7 @@ def all_cases() -> list[Case]:
             cases.append(Case(kind, 33, 64, n_tokens, n_slabs=n_experts, n_used=n_used, offset="row" if n_used == 2 else "none"))
         for n_rows, n_cols, n_slabs in ((1, 32, 1), (33, 576, 1), (100, 2048, 1), (40, 64, 3)):
             cases += [Case(kind, n_rows, n_cols, None, n_slabs=n_slabs, offset=offset) for offset in ("none", "row")]
-    # lanes of 255 words, the most there can be
+    # lanes of 255 words, the most there can be in the device layout
     cases.append(Case(EntropyType.EQ8, 32, 1024, 2, codes="longest lanes", tile_cols=1024))
     return cases
 
@@ -88,6 +91,8 @@ def make_codes(case: Case, rng: np.random.Generator) -> np.ndarray:
         codes = np.clip(np.rint(rng.normal(0, 1, shape)), low, high)
         far = rng.random(shape) < 0.004
         codes[far] = rng.integers(low, high + 1, int(far.sum()))
+    if case.codes == "bits of all kinds":  # every width of raw bits in turn, by the slab's number of rows: see all_cases
+        codes = np.clip(np.rint(rng.normal(0, width / 8 * 2.0 ** (case.n_rows % 7), shape)), low, high)
     if case.codes == "ragged":  # lanes of very different lengths
         codes *= (np.arange(case.n_rows) % 3 == 0)[None, :, None]
     return codes.astype(np.int8)
@@ -169,14 +174,14 @@ def make(case: Case, rng: np.random.Generator) -> Made:
 
 
 def scrambled(made: list[Made], rng: np.random.Generator) -> list[Made]:
-    """The cases with bitstreams of random bytes: in every other one mostly ones, so that codes are long and lanes run out of words."""
+    """The cases with bodies of random bytes: in every other one mostly ones, so that tails are long and run into what follows them."""
     cases = []
     for i, one in enumerate(made):
         payload = one.payload.copy().reshape(one.case.n_slabs, -1)
         for slab in payload:
-            begin, n_words = slab[96:112].view(np.uint64)  # format.md 5.1
-            bits = slab[int(begin) : int(begin) + 4 * int(n_words)]
-            bits[:] = rng.integers(250 * (i % 2), 256, len(bits))
+            begin, n_bytes = slab[80:96].view(np.uint64)  # format.md 5.1
+            body = slab[int(begin) : int(begin) + int(n_bytes)]
+            body[:] = rng.integers(250 * (i % 2), 256, len(body))
         cases.append(replace(one, payload=payload.reshape(one.payload.shape)))
     return cases
 

@@ -75,30 +75,36 @@ struct device_array {
 struct matrix {
     ggml_type type;
     int64_t   n_rows, n_cols;
-    std::vector<uint8_t> payload;
-    double    bits; // a weight, container included
+    std::vector<uint8_t> payload; // in the device layout
+    std::vector<uint8_t> planes;  // as in a file, to know what is right; empty where only speed is measured
+    double    bits;               // a weight in the device layout, container included
 };
 
-static matrix encode(ggml_type type, int64_t n_rows, int64_t n_cols, int64_t tile_cols, const std::vector<int8_t> & q, bool offsets) {
-    matrix m = { type, n_rows, n_cols, encode_payload(type, n_rows, n_cols, tile_cols, q, offsets), 0 };
+static matrix encode(
+        ggml_type type, int64_t n_rows, int64_t n_cols, int64_t tile_cols, const std::vector<int8_t> & q, bool offsets,
+        bool with_planes = true) {
+    const coded_matrix coded(type, n_rows, n_cols, tile_cols, q, offsets);
+    matrix m = { type, n_rows, n_cols, coded.lanes(), {}, 0 };
+    if (with_planes) {
+        m.planes = coded.planes();
+    }
     m.bits = 8.0*m.payload.size()/n_rows/n_cols;
     return m;
 }
 
-// Weights as the codec decodes them.
-static std::vector<float> weights_of(const matrix & m) {
+// Rows as the codec decodes them.
+static std::vector<uint8_t> decoded(const matrix & m, ggml_type type, size_t row_size) {
     ggml_entropy_view view;
-    require(ggml_entropy_validate_slab(m.payload.data(), m.payload.size(), &view), "validate");
+    require(ggml_entropy_validate_slab(m.planes.data(), m.planes.size(), &view), "validate");
+    std::vector<uint8_t> rows(m.n_rows*row_size);
+    require(ggml_entropy_decode_groups_plain(&view, 0, view.n_groups, type, rows.data()), "decode");
+    return rows;
+}
+
+static std::vector<float> weights_of(const matrix & m) {
+    const std::vector<uint8_t> rows = decoded(m, GGML_TYPE_F32, m.n_cols*sizeof(float));
     std::vector<float> w(m.n_rows*m.n_cols);
-    auto decoder = std::make_unique<ggml_entropy_decoder>();
-    ggml_entropy_decoder_open(decoder.get(), &view);
-    for (int64_t group = 0; group < view.n_groups; group++) {
-        const int n_lanes = (int) std::min<int64_t>(32, m.n_rows - group*32);
-        for (int64_t slice = 0; slice < view.n_slices; slice++) {
-            ggml_entropy_decoder_lanes(decoder.get(), group, slice, 0, n_lanes);
-            ggml_entropy_decoder_rows(decoder.get(), group, slice, 0, n_lanes, GGML_TYPE_F32, w.data() + group*32*m.n_cols, m.n_cols*sizeof(float));
-        }
-    }
+    std::memcpy(w.data(), rows.data(), rows.size());
     return w;
 }
 
@@ -129,7 +135,10 @@ template <ggml_type TYPE>
 static void run_mat_vec(const product & p) {
     const bool two = p.n_rows[1] > 0;
     const entropy_columns columns = { p.blocks, p.n1*p.n2, (int) p.n_cols };
-    entropy_launch_quantize<TYPE>(gpu_launcher(), { { p.payload[0], p.payload[two] }, { p.x, p.n1, p.n2, p.n_cols, p.n_cols*p.n1, 0 }, columns });
+    const entropy_routes routes = { p.ids, 1, p.n_slots, (int) p.n_slots, (int) p.n_experts };
+    entropy_launch_quantize<TYPE>(gpu_launcher(), {
+        { p.payload[0], p.payload[two] }, { p.stride[0], p.stride[two] }, routes, { p.x, p.n1, p.n2, p.n_cols, p.n_cols*p.n1, 0 }, columns,
+    });
     entropy_mat_vec_args args = {};
     for (int i = 0; i < 2; i++) {
         const int from = two ? i : 0;
@@ -229,7 +238,7 @@ static void check_matrix(const matrix & m, const std::vector<int64_t> & all_colu
     const std::vector<float> w = weights_of(m);
     const device_array<uint8_t> payload(m.payload);
     ggml_entropy_header header;
-    std::memcpy(&header, m.payload.data(), sizeof(header));
+    std::memcpy(&header, m.planes.data(), sizeof(header));
 
     for (const int64_t n_columns : all_columns) {
         const std::vector<float> x = exact_columns(n_columns, m.n_cols);
@@ -247,13 +256,9 @@ static void check_matrix(const matrix & m, const std::vector<int64_t> & all_colu
 
     const ggml_type plain = ggml_entropy_plain_type(&header);
     const size_t row_size = plain == GGML_TYPE_F16 ? m.n_cols*2 : m.n_cols/32*(plain == GGML_TYPE_Q8_0 ? 34 : plain == GGML_TYPE_Q4_0 ? 18 : 20);
-    std::vector<uint8_t> expected(row_size*m.n_rows);
-    ggml_entropy_view view;
-    require(ggml_entropy_open(m.payload.data(), m.payload.size(), &view), "open");
-    require(ggml_entropy_decode_groups_plain(&view, 0, view.n_groups, expected.data()), "decode");
     device_array<uint8_t> rows(row_size*m.n_rows);
     decode(m, payload.data, plain, row_size, rows.data);
-    expect(rows.host() == expected, m, "rows of the stock type", 0);
+    expect(rows.host() == decoded(m, plain, row_size), m, "rows of the stock type", 0);
 
     const std::vector<int32_t> ids = { (int32_t) m.n_rows - 1, 0, (int32_t) m.n_rows/2 };
     const device_array<int32_t> ids_dev(ids);
@@ -429,7 +434,7 @@ static void table(FILE * json) {
                 }
                 const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, sigma, FILL_NORMAL);
                 for (const int64_t tile_cols : { 1024, 512, 256, 128 }) {
-                    const matrix m = encode(type, n_rows, n_cols, tile_cols, q, false);
+                    const matrix m = encode(type, n_rows, n_cols, tile_cols, q, false, false);
                     const int n_copies = (int) std::min<size_t>(64, (512 << 20)/m.payload.size() + 1);
                     std::vector<device_array<uint8_t>> copies;
                     for (int i = 0; i < n_copies; i++) {

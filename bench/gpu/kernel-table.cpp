@@ -37,6 +37,13 @@ static std::vector<uint8_t> stock_matrix(ggml_type type, int64_t n_rows, int64_t
     return rows;
 }
 
+// In the layout that the CPU reads, or in that of other devices.
+static std::vector<uint8_t> coded_rows(ggml_type type, int64_t n_rows, int64_t n_cols, double sigma, bool is_host) {
+    const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, sigma);
+    const coded_matrix coded(type, n_rows, n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols), q, false);
+    return is_host ? coded.planes() : coded.lanes();
+}
+
 // Microseconds of one product.
 static double measure(ggml_backend_t backend, ggml_type type, int64_t n_rows, int64_t n_cols, int64_t n_columns, const std::vector<uint8_t> & data) {
     const int n_matrices = (int) std::min<size_t>(64, (512u << 20)/data.size() + 1);
@@ -104,12 +111,11 @@ int main(int argc, char ** argv) {
     };
     const std::pair<int64_t, int64_t> shapes[] = { { 4096, 14336 }, { 14336, 4096 }, { 4096, 4096 }, { 1024, 4096 }, { 2048, 2048 } };
     bool first = true;
+    const bool is_host = ggml_backend_buft_is_host(ggml_backend_get_default_buffer_type(backend));
     for (const auto & shape : shapes) {
         for (const contestant & one : all) {
-            const bool coded = ggml_entropy_is_type(one.type);
-            const std::vector<uint8_t> data = coded ?
-                encode_payload(one.type, shape.first, shape.second, ggml_entropy_default_tile_cols(shape.first, shape.second), make_codes(one.type, shape.first, shape.second, one.sigma)) :
-                stock_matrix(one.type, shape.first, shape.second);
+            const std::vector<uint8_t> data = ggml_entropy_is_type(one.type) ?
+                coded_rows(one.type, shape.first, shape.second, one.sigma, is_host) : stock_matrix(one.type, shape.first, shape.second);
             for (const int64_t n_columns : { 1, 2, 4, 8, 64, 512, 2048 }) {
                 const double us = measure(backend, one.type, shape.first, shape.second, n_columns, data);
                 fprintf(json, "%s\n    {\"type\": \"%s\", \"rows\": %lld, \"cols\": %lld, \"columns\": %lld, \"bytes\": %zu, \"us\": %.2f, \"gweights_per_s\": %.1f, \"gb_per_s\": %.1f}",

@@ -25,14 +25,14 @@ struct builder {
     ggml_context * ctx;
     std::map<std::tuple<int, int64_t, int64_t>, std::vector<uint8_t>> made; // by type and shape
 
-    const std::vector<uint8_t> & data(ggml_type type, int64_t n_rows, int64_t n_cols) {
+    std::vector<uint8_t> & data(ggml_type type, int64_t n_rows, int64_t n_cols) {
         std::vector<uint8_t> & bytes = made[{ type, n_rows, n_cols }];
         if (!bytes.empty()) {
             return bytes;
         }
         if (ggml_entropy_is_type(type)) {
             const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, type == GGML_TYPE_EQ8 ? 9.5 : 1.95);
-            return bytes = encode_payload(type, n_rows, n_cols, ggml_entropy_default_tile_cols(n_rows, n_cols), q);
+            return bytes = coded_matrix(type, n_rows, n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols), q, false).planes();
         }
         const int64_t n_random = std::min<int64_t>(n_rows, 64);
         const size_t row_size = ggml_row_size(type, n_cols);
@@ -55,15 +55,35 @@ struct builder {
     }
 
     void add(const std::string & name, ggml_type type, int64_t n_cols, int64_t n_rows) {
-        const std::vector<uint8_t> & bytes = data(type, n_rows, n_cols);
+        std::vector<uint8_t> & bytes = data(type, n_rows, n_cols);
         ggml_tensor * t = n_rows == 1 ? ggml_new_tensor_1d(ctx, type, n_cols) : ggml_new_tensor_2d(ctx, type, n_cols, n_rows);
         ggml_set_name(t, name.c_str());
         if (ggml_entropy_is_type(type)) {
             t->nb[1] = n_cols;
             t->nb[2] = t->nb[3] = bytes.size();
         }
-        t->data = (void *) bytes.data();
+        t->data = bytes.data();
         gguf_add_tensor(gguf, t);
+    }
+
+    // Not by ggml: the hash of a coded tensor takes in its name, so bytes that several share are changed for each.
+    bool write(const char * path) const {
+        FILE * file = fopen(path, "wb");
+        if (file == nullptr) {
+            return false;
+        }
+        bool ok = gguf_write_to_file_ptr(gguf, file, /*only_meta =*/ true);
+        const std::vector<uint8_t> zeros(gguf_get_alignment(gguf), 0);
+        for (int64_t i = 0; ok && i < gguf_get_n_tensors(gguf); i++) {
+            const ggml_tensor * t = ggml_get_tensor(ctx, gguf_get_tensor_name(gguf, i));
+            if (ggml_entropy_is_type(t->type)) {
+                require(ggml_entropy_finish(t->data, ggml_entropy_seed(t->name, 0)), "finish");
+            }
+            const size_t n_bytes   = ggml_nbytes(t);
+            const size_t n_padding = GGML_PAD(n_bytes, zeros.size()) - n_bytes;
+            ok = fwrite(t->data, 1, n_bytes, file) == n_bytes && fwrite(zeros.data(), 1, n_padding, file) == n_padding;
+        }
+        return fclose(file) == 0 && ok;
     }
 };
 
@@ -115,7 +135,7 @@ int main(int argc, char ** argv) {
         b.add(block + "ffn_up.weight",      type, s.n_embd, s.n_ff);
         b.add(block + "ffn_down.weight",    more ? GGML_TYPE_Q6_K : type, s.n_ff, s.n_embd);
     }
-    if (!gguf_write_to_file(b.gguf, argv[1], false)) {
+    if (!b.write(argv[1])) {
         fprintf(stderr, "%s: cannot be written\n", argv[1]);
         return 1;
     }

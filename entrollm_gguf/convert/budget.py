@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ FINEST, _COARSEST = 0.02, 6.0
 
 # How far sensitivity is believed, by measurement (docs/quantization.md): between the rows of a tensor wholly, between tensors by half.
 _BETWEEN_ROWS, _BETWEEN_TENSORS = 1.0, 0.5
-_LOOKS = 8  # at sizes with Huffman codes, until a step is found
+_LOOKS = 8  # at sizes with planned codes, until a step is found
 
 _LARGEST = 8.0  # factors of rows and tensors lie within 1 / _LARGEST .. _LARGEST
 
@@ -98,16 +99,14 @@ class Survey:
         pairs = [(self.profiles[name].n_weights, math.log(one.factor)) for name, one in self.sensitivities.items()]
         return math.exp(sum(n * log for n, log in pairs) / sum(n for n, _ in pairs))
 
-    def tensor_bytes(self, step: float, tile_cols: int | None = None) -> int:
+    def tensor_bytes(self, step: float) -> int:
         """Expected bytes of all tensors."""
         with ThreadPoolExecutor() as pool:  # planning a code takes milliseconds, without the interpreter's lock
-            return sum(self.kept.values()) + sum(pool.map(lambda name: self.profiles[name].n_bytes(step * self.factor(name), tile_cols), self.profiles))
+            return sum(self.kept.values()) + sum(pool.map(lambda name: self.profiles[name].n_bytes(step * self.factor(name)), self.profiles))
 
-    def least_bytes(self, step: float, tile_cols: int | None = None) -> float:
-        """The same if codes took no more than their entropy: no code is planned for it, which is what takes time."""
-        return sum(self.kept.values()) + sum(
-            one.entropy_bits(step * self.factor(name)) / 8 + one.container_bytes(tile_cols) for name, one in self.profiles.items()
-        )
+    def least_bytes(self, step: float) -> int:
+        """The same if codes took no more than their entropy, which is quicker to tell."""
+        return sum(self.kept.values()) + sum(one.least_bytes(step * self.factor(name)) for name, one in self.profiles.items())
 
 
 def target_bytes(survey: Survey, bits: float | None, size: int | None) -> int:
@@ -124,38 +123,46 @@ def target_bytes(survey: Survey, bits: float | None, size: int | None) -> int:
     return target
 
 
-def step_for(survey: Survey, target: int, tile_cols: int | None = None) -> float:
+def step_for(survey: Survey, target: int) -> float:
     """The finest step whose expected size is at most target bytes.
 
     Raises:
         ConversionError: no step is coarse enough.
     """
-    if survey.tensor_bytes(_COARSEST, tile_cols) > target:
-        least = survey.tensor_bytes(_COARSEST, tile_cols) * 8 / survey.n_weights
+    if survey.tensor_bytes(_COARSEST) > target:
+        least = survey.tensor_bytes(_COARSEST) * 8 / survey.n_weights
         raise ConversionError(f"too small: the coarsest step gives {least:.2f} bits per weight")
-    if survey.tensor_bytes(FINEST, tile_cols) <= target:
+    if survey.tensor_bytes(FINEST) <= target:
         return FINEST
-    # entropies lead to the neighbourhood, Huffman codes of some steps around it decide
+    # entropies lead to the neighbourhood; what codes take above them there is the same nearby, and leads closer
+    least = functools.cache(survey.least_bytes)  # searches begin alike
+    best, over = _COARSEST, 1.0
+    for _ in range(_LOOKS):
+        step = _step_by_entropy(least, target / over)
+        size = survey.tensor_bytes(step)
+        if size <= target:
+            best = min(best, step)
+        if 0.9985 * target <= size <= target:
+            break
+        over = size / least(step) / 0.9993
+    return best
+
+
+def _step_by_entropy(least_bytes: Callable[[float], float], target: float) -> float:
+    """The finest step, to a tenth of a percent, at which codes as short as their entropy would take at most target bytes."""
     fine, coarse = FINEST, _COARSEST
-    while coarse / fine > 1.002:
+    while coarse / fine > 1.001:
         middle = math.sqrt(fine * coarse)
-        if survey.least_bytes(middle, tile_cols) > target:
+        if least_bytes(middle) > target:
             fine = middle
         else:
             coarse = middle
-    tried: list[tuple[float, int]] = []
-    for _ in range(_LOOKS):
-        tried.append((coarse, survey.tensor_bytes(coarse, tile_cols)))
-        if 0.9985 * target <= tried[-1][1] <= target:
-            break
-        coarse = min(_COARSEST, max(FINEST, corrected(tried, target, survey, 0.9993)))
-    below = [step for step, size in tried if size <= target]
-    return min(below, default=_COARSEST)
+    return coarse
 
 
-def corrected(tried: list[tuple[float, int]], target: int, survey: Survey, aim: float = 0.997) -> float:
+def corrected(tried: list[tuple[float, int]], target: int, survey: Survey) -> float:
     """The next step after conversions with some steps gave some sizes in bytes: between two that lie on both sides of the target, else from the last, for which a bit per weight is a factor of two."""
-    wanted = aim * target
+    wanted = 0.997 * target
     above, below = [one for one in tried if one[1] > wanted], [one for one in tried if one[1] <= wanted]
     if above and below:
         (fine, large), (coarse, small) = min(above, key=lambda one: one[1]), max(below, key=lambda one: one[1])

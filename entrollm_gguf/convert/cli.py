@@ -62,7 +62,7 @@ class SizeType(click.ParamType):
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything random in --calibration.")
 @click.option("--fold/--no-fold", default=True, show_default=True, help="Equalise columns where statistics are known. LoRA adapters made for the model need --no-fold.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-@click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a decoding tile, a multiple of 32; by default by size.")
+@click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a tile of the layout that GPUs read, a multiple of 32; by default by shape. Does not change the size.")
 @click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--verbose", is_flag=True, help="Show what llama.cpp's converter logs.")

@@ -22,7 +22,7 @@ class TensorRecord:
     n_bytes: int
     scheme: str  # the grid that was chosen, or why the tensor stays in a stock type
     entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
-    coded_bits: int | None = None  # Huffman codes alone
+    coded_bits: int | None = None  # of the codes alone
 
     @property
     def n_elements(self) -> int:
@@ -51,8 +51,10 @@ def encode_tensor(
     """Make the payload of one tensor and check that it decodes to the codes that went in.
 
     Args:
+        name: in the GGUF; the payload verifies under this name alone.
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
         quantizer: function(weights, kind, threads).
+        tile_cols: of the device layout; None for the default.
     Returns:
         payload (uint8) and its record.
     Raises:
@@ -65,8 +67,10 @@ def encode_tensor(
         raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
     except QuantizeError as error:
         raise Unquantizable(str(error)) from error
-    encoded = codec.encode(kind, quantized.codes, quantized.scales, quantized.offsets, tile_cols=tile_cols, threads=threads)
-    decoded = codec.decode(kind, encoded.payload, weights.shape, name, threads)
+    encoded = codec.encode(
+        kind, quantized.codes, quantized.scales, quantized.offsets, name=name, tile_cols=tile_cols, threads=threads
+    )  # fmt: skip
+    decoded = codec.decode(kind, encoded.payload, weights.shape, f"tensor {name}", threads)
     if not np.array_equal(decoded, quantized.codes):
         raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")
     record = TensorRecord(

@@ -146,7 +146,7 @@ def convert_model(
         bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it. Less comes out where the finest step needs less.
         size: bytes of the whole file, the same way.
         threads: None for all cores.
-        tile_cols: columns of a tile (docs/format.md 7); None for the default.
+        tile_cols: columns of a tile of the device layout (docs/format.md 8), which GPUs read; None for the default.
         calibration: where to learn which weights matter; for recipes with bits, or for bits and size.
         force: replace an existing output.
         progress: called after each tensor.
@@ -171,7 +171,7 @@ def convert_model(
         if chosen.quantizer == RATE.quantizer:
             survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress)
             target = target_bytes(survey, bits, size)
-            step = step_for(survey, target, tile_cols)
+            step = step_for(survey, target)
             encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step)
         else:
             encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer]))
@@ -198,7 +198,7 @@ def plan_model(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """What `convert_model` with the same arguments would make; writes nothing.
+    """What `convert_model` with the same arguments would make; writes nothing. Sizes do not depend on tile_cols, which is only checked.
 
     Raises:
         ConversionError, UnsupportedModelError: as convert_model.
@@ -212,9 +212,9 @@ def plan_model(
         scratch = Path(folder) / "header.gguf"
         basis = prepare(Path(model_dir), calibration, scratch, threads=threads, progress=progress)
         survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
-    step = step_for(survey, target_bytes(survey, bits, size), tile_cols)
+    step = step_for(survey, target_bytes(survey, bits, size))
     planned = [
-        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * survey.factor(name), tile_cols))
+        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * survey.factor(name)))
         for name, one in survey.profiles.items()
     ]
     planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]

@@ -33,7 +33,7 @@ from entrollm_gguf.quant.fold import EXPONENT, Folding, plan_folding
 
 Progress = Callable[[int, int, str], None]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # as long as any that `quantize_step` makes
 _SOME_SCHEME = "step-0.0000-rows-feedback"

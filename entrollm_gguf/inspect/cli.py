@@ -30,6 +30,11 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def _whole(value: float | None) -> str:
+    """A number that is whole but for stacks of matrices that differ."""
+    return "" if value is None else f"{value:.1f}".removesuffix(".0")
+
+
 @click.command(
     epilog="\b\nExamples:\n  entrollm inspect model.gguf\n  entrollm inspect model.gguf --json > model.json\n  entrollm inspect model.gguf --plot model.png\n"
 )
@@ -45,10 +50,11 @@ def _number(value: float | None, digits: int = 3) -> str:
 @click.option("--force", is_flag=True, help="Replace PICTURE if it exists.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | None, force: bool, threads: int | None) -> None:
-    """Show the tensors of a GGUF: type, shape, size, bits per weight, entropy.
+    """Show the tensors of a GGUF: type, shape, size, bits per weight, entropy, code.
 
-    The entropy is that of the coded symbols, in bits per weight: what an ideal memoryless coder would need. FILE may be the first part of
-    a split file.
+    The entropy is that of the integer codes, in bits per weight: what an ideal memoryless coder would need. In the file every weight has the
+    "raw bits", which are all that most weights need. "tail %" of them go on in a tail, which has at most one bit for each of the "tail
+    planes"; "far %" are so rare that a byte of their own follows the tail. FILE may be the first part of a split file.
     """
     from entrollm_gguf.inspect.report import inspect_file
 
@@ -65,14 +71,16 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
     table = Table(box=None, header_style="bold")
     for heading, justify in (
         ("tensor", "left"), ("type", "left"), ("shape", "right"), ("bytes", "right"), ("bits/weight", "right"),
-        ("entropy", "right"), ("scheme", "left"), ("decodes to", "left"),
+        ("entropy", "right"), ("raw bits", "right"), ("tail planes", "right"), ("tail %", "right"), ("far %", "right"), ("scheme", "left"),
+        ("decodes to", "left"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for t in report.tensors:
         shape = " x ".join(map(str, t.shape))
         table.add_row(
-            t.name, t.type, shape, str(t.n_bytes), _number(t.bits_per_weight), _number(t.entropy), t.scheme or "", t.decodes_to or ""
-        )
+            t.name, t.type, shape, str(t.n_bytes), _number(t.bits_per_weight), _number(t.entropy), _whole(t.raw_bits), _whole(t.tail_planes),
+            _number(t.tail_percent, 1), _number(t.far_percent, 2), t.scheme or "", t.decodes_to or "",
+        )  # fmt: skip
     console = output_console()
     console.print(table)
     totals = Table(show_header=False, box=None)
@@ -85,6 +93,7 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
             "coded", f"{report.coded_n_weights} weights, {report.coded_bits_per_weight:.3f} bits each, "
             f"entropy {report.coded_entropy:.3f}{over}",
         )  # fmt: skip
+        totals.add_row("on a GPU", f"the coded tensors take {report.coded_device_bytes / 1e6:.1f} MB, {report.coded_bytes / 1e6:.1f} MB in the file")
     console.print(totals)
 
 
@@ -94,8 +103,8 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
 def verify(file: Path, threads: int | None) -> None:
     """Check that a GGUF is whole and that every entropy-coded tensor is intact.
 
-    Checks the file's length, and of each entropy-coded tensor the structure, the hash, and that every row decodes to exactly its codes. Stock
-    tensors carry no checksum. Exit code 0 if all is well.
+    Checks the file's length, and of each entropy-coded tensor the structure, the hash, which takes in the tensor's name, and that every
+    group of rows holds exactly its codes. Stock tensors carry no checksum. Exit code 0 if all is well.
     """
     from entrollm_gguf.inspect.verify import verify_file
 

@@ -9,32 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from entrollm_gguf import codec
-from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.codec import Code, Payload
 from entrollm_gguf.errors import FormatError
 from entrollm_gguf.gguf_io.output import atomic_output
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.report import FileReport, TensorReport
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
-
-
-def code_lengths(table: np.ndarray) -> np.ndarray:
-    """Bits of the shortest code of each symbol (docs/format.md 5.2), 0 for symbols that no class covers.
-
-    Args:
-        table: u8 (256, 2): t and bias of the entries.
-    Returns:
-        int64 (256,).
-    """
-    lengths = np.zeros(256, np.int64)
-    for i, (t, bias) in enumerate(table.astype(np.int64)):
-        # the first t bits, as a number: the entry knows eight of them
-        first = np.array([i >> (8 - t)]) if t <= 8 else (i << (t - 8)) + np.arange(1 << (t - 8))
-        symbols = (first + bias) % 256
-        shorter = (lengths[symbols] == 0) | (t < lengths[symbols])
-        lengths[symbols[shorter]] = t
-    return lengths
 
 
 def plot_file(report: FileReport, path: str | Path, *, tensor: str | None = None, force: bool = False) -> str:
@@ -109,26 +90,34 @@ def _draw_layers(axes, coded: list[TensorReport]) -> None:
 def _draw_codes(axes, report: FileReport, name: str) -> None:
     entry = next(e for e in open_model(Path(report.path)).tensors() if e.name == name)
     assert entry.kind is not None  # plot_file chose it among the coded ones
-    codes = codec.decode(entry.kind, entry.data, entry.shape, name)
-    table = codec.table(entry.kind, entry.data, entry.shape, name)[0]
-    first = codes[0] if codes.ndim == 3 else codes  # each expert has a table of its own
-    counts = codec.count_symbols(entry.kind, first)
+    payload = Payload(entry.kind, entry.data, entry.shape, name)
+    code, counts = payload.code_parameters()[0], payload.counts()[0]  # each expert has a code of its own
     share = counts / counts.sum()
-    is_eq8 = entry.kind is EntropyType.EQ8
-    x = np.arange(256) - (128 if is_eq8 else 0)
+    x = np.arange(-128, 128)
     axes.bar(x, share * 100, width=1.0, color="tab:blue", alpha=0.6)
-    axes.set_xlabel("code" if is_eq8 else "symbol: first code + 8, plus 16 times (second code + 8)")
-    axes.set_ylabel("share of the codes, %" if is_eq8 else "share of the pairs, %", color="tab:blue")
+    axes.set_xlabel("code")
+    axes.set_ylabel("share of the codes, %", color="tab:blue")
     used = np.flatnonzero(counts)
     axes.set_xlim(x[used[0]] - 2, x[used[-1]] + 2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
-    lengths = code_lengths(table)
+    lengths = code.lengths()
     right = axes.twinx()
     coded = counts > 0
     right.step(x[coded], lengths[coded], where="mid", color="tab:red", lw=1.2, label="code length")
     with np.errstate(divide="ignore"):
         right.plot(x[coded], -np.log2(share[coded]), ".", color="0.35", ms=3, label="ideal: -log2 of the share")
     right.set_ylabel("bits", color="tab:red")
-    right.set_ylim(0, 18)  # codes have 15 bits at most; the rest is for the legend
+    right.set_ylim(0, 25)  # 7 raw bits, 6 of the tail and 8 are 21; the rest is for the legend
     right.legend(loc="upper center", ncols=2)
-    axes.set_title(f"Codes of {name}" + (f", matrix 0 of {codes.shape[0]}" if codes.ndim == 3 else ""))
+    of_stack = f", matrix 0 of {payload.header.n_slabs}" if payload.header.n_slabs > 1 else ""
+    axes.set_title(f"Codes of {name}{of_stack}: {_described(code, counts)}")
+
+
+def _described(code: Code, counts: np.ndarray) -> str:
+    """A code in words, with what weights of these counts take of it."""
+    text = f"{code.raw_bits} raw bit{'s' if code.raw_bits > 1 else ''}"
+    if not code.digits:
+        return text
+    usage = code.usage(counts)
+    return f"{text}, a tail for {(usage.tail + usage.far) / counts.sum() * 100:.2g} weights in 100"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from entrollm_gguf import codec
+from entrollm_gguf.codec import Payload
 from entrollm_gguf.errors import FormatError
 from entrollm_gguf.gguf_io.reader import ModelFile, open_model
 
@@ -20,12 +20,12 @@ class VerifyReport:
 
     path: str
     n_tensors: int
-    n_coded: int  # entropy-coded ones: each has a hash and is decoded; stock types carry nothing to check
+    n_coded: int  # entropy-coded ones: each has a hash, and its codes are walked through; stock types carry nothing to check
     problems: tuple[str, ...]
 
 
 def verify_file(path: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Check length, structure, hashes and bitstreams.
+    """Check length, structure, hashes and codes.
 
     Raises:
         FormatError: the file cannot be read as a GGUF at all (cut in its header, not a GGUF).
@@ -39,7 +39,7 @@ def verify_file(path: str | Path, *, threads: int | None = None, progress: Progr
     for entry in entries:
         if entry.kind is not None:
             try:
-                codec.verify(entry.kind, entry.data, entry.shape, f"tensor {entry.name}", threads)
+                Payload(entry.kind, entry.data, entry.shape, entry.name, label=f"tensor {entry.name}").verify(threads)
             except FormatError as error:
                 problems.append(str(error))
         done += entry.n_bytes

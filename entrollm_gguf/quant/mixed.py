@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from entrollm_gguf.codec import EntropyType, count_symbols, plan_code
+from entrollm_gguf.codec import EntropyType, count_codes, plan_code
 from entrollm_gguf.quant.base import Quantized, value_range
 from entrollm_gguf.quant.uniform import quantize_asymmetric, quantize_symmetric
 
 
 def coded_bits(quantized: Quantized, kind: EntropyType, threads: int | None = None) -> int:
-    """Huffman-coded size of the codes, without padding, tables and index; one code per slab as in the file."""
+    """Coded size of the codes, without padding and index; one code per slab as in the file."""
     codes = quantized.codes if quantized.codes.ndim == 3 else quantized.codes[None]
-    return sum(plan_code(count_symbols(kind, slab, threads)).n_bits for slab in codes)
+    return sum(plan_code(count_codes(kind, slab, threads)).n_bits for slab in codes)
 
 
 def quantize_mixed(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:

@@ -23,14 +23,9 @@ _RANGES = np.minimum(np.ceil(_PEAKS), 40).astype(np.int64)
 class RowClass:
     """Rows whose largest weights are about the same, in rms."""
 
-    counts: np.ndarray  # f64 (bins,): weights from -reach to reach
+    cumulated: np.ndarray  # f64 (bins + 1,): weights below each edge of the bins, which cover -reach to reach
     reach: int  # in rms
     peak: float  # mean of the rows' largest weight, in rms
-
-    @property
-    def edges(self) -> np.ndarray:
-        """Of the bins, f64 (bins + 1,)."""
-        return np.linspace(-self.reach, self.reach, len(self.counts) + 1)
 
     def width(self, step: float, top: int) -> float:
         """The step of these rows: the largest weight can widen it."""
@@ -38,9 +33,12 @@ class RowClass:
 
     def code_counts(self, step: float, top: int) -> np.ndarray:
         """Expected counts of the codes -top..top, f64."""
-        cumulated = np.concatenate([[0.0], np.cumsum(self.counts)])
-        between = np.interp((np.arange(-top, top) + 0.5) * self.width(step, top), self.edges, cumulated)
-        return np.diff(np.concatenate([[0.0], between, cumulated[-1:]]))
+        n_bins = len(self.cumulated) - 1
+        edges = (np.arange(-top, top) + 0.5) * self.width(step, top)  # between codes
+        at = np.clip((edges + self.reach) * _BINS_PER_RMS, 0, n_bins)
+        left = np.minimum(at.astype(np.int64), n_bins - 1)
+        below = self.cumulated[left] + (at - left) * (self.cumulated[left + 1] - self.cumulated[left])
+        return np.diff(below, prepend=0.0, append=self.cumulated[-1])
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Profile:
         """Number of weights."""
         return int(np.prod(self.shape, dtype=np.int64))
 
-    def symbol_counts(self, step: float) -> np.ndarray:
-        """Expected counts of the symbols of EQ8, u64 (256,), if `quantize_step` runs with this step."""
+    def code_counts(self, step: float) -> np.ndarray:
+        """Expected counts of the codes of EQ8, u64 (256,), index q + 128, if `quantize_step` runs with this step."""
         top = top_code(EntropyType.EQ8)
         counts = np.zeros(256)
         counts[128 - top : 128 + top + 1] = sum(one.code_counts(step, top) for one in self.classes)
@@ -64,26 +62,21 @@ class Profile:
 
     def entropy_bits(self, step: float) -> float:
         """Entropy of the codes: what an ideal coder would need."""
-        counts = self.symbol_counts(step)
-        counts = counts[counts > 0].astype(np.float64)
-        return float(counts.sum() * np.log2(counts.sum()) - counts @ np.log2(counts))
+        return codec.entropy_bits(self.code_counts(step))
 
     def coded_bits(self, step: float) -> int:
-        """Expected size of the Huffman codes."""
-        return codec.plan_code(self.symbol_counts(step)).n_bits
+        """Expected size of the codes."""
+        return codec.plan_code(self.code_counts(step)).n_bits
 
-    def n_bytes(self, step: float, tile_cols: int | None = None) -> int:
+    def n_bytes(self, step: float) -> int:
         """Expected size in the file."""
-        return self.coded_bits(step) // 8 + self.container_bytes(tile_cols)
+        plan = codec.plan_code(self.code_counts(step))
+        return codec.expected_size(self.shape, plan.n_bits, plan.code.raw_bits)
 
-    def container_bytes(self, tile_cols: int | None = None) -> int:
-        """What comes on top of the codes: padding of the lanes to whole words, index, scales, table (docs/format.md 5)."""
-        n_slabs = self.shape[0] if len(self.shape) == 3 else 1
-        n_rows, n_cols = self.shape[-2:]
-        n_slices = -(-n_cols // (tile_cols or codec.default_tile_cols(n_rows, n_cols)))
-        n_tiles = n_slabs * -(-n_rows // 32) * n_slices
-        lanes = n_slabs * n_rows * n_slices
-        return lanes * 2 + n_tiles * (6 + 4 + 32) + n_slabs * (n_rows * 2 + 256 + 512 + 256 + 5 * 128)
+    def least_bytes(self, step: float) -> int:
+        """The same if codes took no more than their entropy: no code is planned for it, which is what takes time."""
+        bits = self.entropy_bits(step)
+        return codec.expected_size(self.shape, bits, bits / self.n_weights)
 
 
 def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profile:
@@ -118,5 +111,6 @@ def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profi
             counts[i] += np.bincount(bins.reshape(-1), minlength=n_bins)
             peaks[i] += peak[of_row == i].sum()
             rows[i] += np.count_nonzero(of_row == i)
-    classes = (RowClass(counts[i], int(_RANGES[i]), float(peaks[i] / rows[i])) for i in np.flatnonzero(rows))
+    cumulated = [np.concatenate([[0.0], np.cumsum(one)]) for one in counts]
+    classes = (RowClass(cumulated[i], int(_RANGES[i]), float(peaks[i] / rows[i])) for i in np.flatnonzero(rows))
     return Profile(tuple(weights.shape), tuple(classes))

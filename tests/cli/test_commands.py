@@ -63,9 +63,34 @@ def test_inspect(converted, capsys):
     for tensor in coded:
         assert 0 < tensor["entropy"] < tensor["bits_per_weight"]
         assert tensor["decodes_to"] in ("Q8_0", "F16") and tensor["scheme"] in ("symmetric", "asymmetric", "symmetric-unsigned")
+        assert 1 <= tensor["raw_bits"] <= 8 and 0 <= tensor["far_percent"] <= tensor["tail_percent"] < 75
+        assert (tensor["tail_planes"] == 0) == (tensor["raw_bits"] == 8)
+    assert report["coded_device_bytes"] == sum(t["device_bytes"] for t in coded)
+    assert 0.8 < report["coded_device_bytes"] / report["coded_bytes"] < 1.5
+    stock = next(t for t in report["tensors"] if t["type"] == "F32")
+    assert stock["raw_bits"] is None and stock["device_bytes"] is None
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert "blk.0.ffn_gate_exps.weight" in text and "entropy" in text
+    assert "raw bits" in text and "far %" in text and "on a GPU" in text
+
+
+def test_what_inspect_counts_is_what_the_file_holds(converted, capsys):
+    """Raw bits, tails and far bytes add up to the bits per weight, but for the container."""
+    from entrollm_gguf.codec import Payload
+    from entrollm_gguf.gguf_io.reader import open_model
+
+    path = converted("llama", "EQ8-mixed")
+    assert main(["inspect", str(path), "--json"]) == 0
+    told = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
+    for entry in open_model(path).tensors():
+        if entry.kind is None:
+            continue
+        payload = Payload(entry.kind, entry.data, entry.shape, entry.name)
+        (code,), counts = payload.code_parameters(), payload.counts()[0]
+        bits = float(counts @ code.lengths()) / entry.n_elements
+        assert told[entry.name]["entropy"] <= bits <= told[entry.name]["bits_per_weight"]
+        assert told[entry.name]["raw_bits"] + told[entry.name]["far_percent"] / 100 * (code.n_planes + 8) <= bits + 1e-9
 
 
 def test_verify_and_decode(converted, tmp_path, capsys):

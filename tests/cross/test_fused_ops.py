@@ -18,6 +18,8 @@ from entrollm_gguf.codec import EntropyType
 
 # relative to the sum of absolute products: f32 rounding of sums of up to 4096 products
 BOUND = 2e-6
+# of all results of a case, against products of the same int8 activations in f64
+NMSE = 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def run(case_file, level: str, *threads: int) -> tuple[str, np.ndarray]:
     return result.stdout, np.fromfile(out, np.float32)
 
 
-@pytest.mark.parametrize("level, threads", [("ref", (1, 2)), ("generic", (1, 2, 3, 4, 8)), ("avx512", (1, 2, 3, 4, 8))])
+@pytest.mark.parametrize("level, threads", [("ref", (1, 2)), ("generic", (1, 2, 3, 4, 8)), ("avx2", (1, 2, 3, 4, 8))])
 def test_every_level_against_numpy(made, case_file, level, threads):
     if level not in levels():
         pytest.skip(f"level {level} cannot run here")
@@ -64,37 +66,57 @@ def test_every_level_against_numpy(made, case_file, level, threads):
         at += expected.size
         error = np.abs(got - expected) / np.maximum(size, 1e-30)
         assert error.max() <= BOUND, (str(one.case), error.max())
+        if one.offsets is None:  # offsets can cancel most of a product, and then f32 cannot hold what is left to twelve digits
+            assert ((got - expected) ** 2).sum() <= NMSE * (expected**2).sum(), str(one.case)
     assert at == results.size
 
 
 def test_levels_are_as_they_should_be():
     """The list above is all there is, and a fast level goes where the processor can."""
-    if not Path("/proc/cpuinfo").is_file() or "ENTROLLM_OPS_COMMAND" in os.environ:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file() or "ENTROLLM_OPS_COMMAND" in os.environ:
         pytest.skip("what the processor can is not known here")
-    flags = Path("/proc/cpuinfo").read_text()
-    needed = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2")
-    fast = all(re.search(rf"\b{flag}\b", flags) for flag in needed)
-    assert levels() == [*["avx512"] * fast, "generic", "ref"]
+    text = cpuinfo.read_text()
+    fast = all(re.search(rf"\b{flag}\b", text) for flag in ("avx2", "bmi1", "bmi2", "fma", "popcnt"))
+    # AMD before Zen 3 (family 25) has pdep in microcode
+    family = re.search(r"cpu family\s*: (\d+)", text)
+    fast = fast and "HygonGenuine" not in text and not ("AuthenticAMD" in text and int(family[1]) < 25)
+    assert levels() == [*["avx2"] * fast, "generic", "ref"]
 
 
 def test_any_bits_mean_the_same_at_every_level(made, tmp_path):
-    """Codes that no encoder wrote: lanes end within a code, or run out of words and go on with zeros (docs/format.md 6, step 3)."""
+    """Codes that no encoder wrote: tails run beyond their group, far streams run out (docs/format.md 6)."""
     cases = scrambled(made, np.random.default_rng(7))
     path = tmp_path / "scrambled.gguf"
     write(path, cases)
     ref = run(path, "ref", 1)[1]
-    fast = {level: run(path, level, 1)[1] for level in levels() if level != "ref"}
-    for level, results in fast.items():
-        assert np.array_equal(results, fast["generic"]), level
+    for level in levels():
+        results = run(path, level, 1)[1]
+        at = 0
+        for one in cases:
+            part = slice(at, at + one.n_results)
+            at = part.stop
+            if one.columns is None:  # nothing is summed: the very codes
+                assert np.array_equal(results[part], ref[part]), (level, str(one.case))
+            else:
+                assert np.abs(results[part] - ref[part]).max() <= 5e-7 * one.largest(), (level, str(one.case))
+        assert at == ref.size
+
+
+def test_any_bits_mean_what_the_document_says(made, tmp_path):
+    """Random bodies against the reference decoder, code by code."""
+    cases = [one for one in scrambled(made, np.random.default_rng(11)) if one.columns is None and one.codes.size < 40_000]
+    path = tmp_path / "rows.gguf"
+    write(path, cases)
+    results = run(path, levels()[0], 1)[1]
     at = 0
     for one in cases:
-        part = slice(at, at + one.n_results)
-        at = part.stop
-        if one.columns is None:  # nothing is summed
-            assert np.array_equal(fast["generic"][part], ref[part]), str(one.case)
-        else:  # ref sums in another order
-            assert np.abs(fast["generic"][part] - ref[part]).max() <= 5e-7 * one.largest(), str(one.case)
-    assert at == ref.size
+        expected, _ = one.expected(weights_of(one))
+        got = results[at : at + expected.size].reshape(expected.shape)
+        at += expected.size
+        # with offsets a processor may multiply and add in one step
+        tolerance = 0 if one.offsets is None else 1e-6 * np.abs(expected).max()
+        assert np.abs(got - expected).max() <= tolerance, str(one.case)
 
 
 def test_the_best_level_is_the_default(case_file):

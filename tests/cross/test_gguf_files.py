@@ -36,7 +36,7 @@ def write_gguf(path, n_experts: int = 3, tail: bool = False, alignment: int | No
     flat = rng.integers(-20, 20, (33, 64)).astype(np.int8)
     experts = rng.integers(-8, 8, (n_experts, 40, 96)).astype(np.int8)
     for name, kind, q in (("flat", EntropyType.EQ8, flat), ("experts", EntropyType.EQ4, experts)):
-        payload = codec.encode(kind, q, np.float16([0.5])).payload
+        payload = codec.encode(kind, q, np.float16([0.5]), name=name).payload
         writer.add_tensor(name, payload, raw_shape=q.shape, raw_dtype=gguf.GGMLQuantizationType[kind.name])
     if tail:
         writer.add_tensor("tail", np.arange(7, dtype=np.float32))
@@ -126,7 +126,7 @@ def test_loading_a_damaged_file_is_refused(converted, tmp_path):
     source = converted("mistral", "EQ8-mixed")
     data = bytearray(source.read_bytes())
     entry = next(t for t in open_model(source).tensors() if t.kind)
-    data[int(entry.reader_tensor.data_offset) + 256] = 77  # t of table entry 0
+    data[int(entry.reader_tensor.data_offset) + 96] = 77  # raw bits of the code
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(data)
     with pytest.raises(ToolError, match=r"damaged\.gguf"):
@@ -140,7 +140,7 @@ def test_loading_a_damaged_file_is_refused(converted, tmp_path):
         stdin=subprocess.DEVNULL,
     )
     assert completion.returncode != 0
-    assert "invalid decode table" in completion.stderr and entry.name in completion.stderr
+    assert "impossible code parameters" in completion.stderr and entry.name in completion.stderr
 
 
 @pytest.mark.parametrize("mode, said", [("", "decoded"), ("fused", "stay as they are")])

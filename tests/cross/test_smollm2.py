@@ -56,10 +56,11 @@ def test_perplexity_of_both_modes_is_that_of_the_decoded_file(smollm2, short_tex
     plain = perplexity(tmp_path / "plain.gguf", "auto")
     assert plain > 1
     assert f"{perplexity(path, 'load'):.4g}" == f"{plain:.4g}"
-    if types <= {"Q8_0", "Q4_0"}:  # no offsets: the very sums of these types
-        assert f"{perplexity(path, 'fused'):.4g}" == f"{plain:.4g}"
-    elif recipe != "EQ4-paper":  # for that one, see the next test
-        assert perplexity(path, "fused") == pytest.approx(plain, rel=0.002)
+    if recipe != "EQ4-paper":  # for that one, see the next test
+        # Without offsets products are those of Q8_0 and Q4_0 in another order, and such a type's perplexity itself changes by half a percent
+        # with the size of batches (docs/decisions.md). With offsets activations are rounded finely enough.
+        within = 0.015 if types <= {"Q8_0", "Q4_0"} else 0.002
+        assert perplexity(path, "fused") == pytest.approx(plain, rel=within)
     (tmp_path / "plain.gguf").unlink()  # hundreds of megabytes
 
 
@@ -98,7 +99,7 @@ def test_tokenizer_is_the_original_one(smollm2):
 def test_metadata(smollm2):
     model = open_model(smollm2("EQ8-paper"))
     assert model.field("entrollm.recipe") == "EQ8-paper"
-    assert model.field("entrollm.format_version") == 1
+    assert model.field("entrollm.format_version") == 2
     schemes = dict(zip(model.field("entrollm.tensor.names"), model.field("entrollm.tensor.schemes")))
     assert schemes["blk.0.attn_q.weight"] == "asymmetric"
     assert set(schemes) == {t.name for t in model.tensors()}

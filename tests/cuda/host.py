@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from entrollm_gguf import runtime
+from entrollm_gguf import codec, runtime
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.runtime import tree
 from entrollm_gguf.runtime.fetch import fetch_sdist
@@ -45,7 +46,7 @@ class _Options(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weights:
-    """A payload and the shape its GGUF would give it."""
+    """A tensor in the device layout, and its shape."""
 
     kind: EntropyType
     payload: np.ndarray  # uint8
@@ -56,6 +57,12 @@ class Weights:
 
 class KernelError(Exception):
     """A kernel did something that a GPU may not forgive."""
+
+
+def codec_library() -> Path:
+    """The library that the programs of this folder link: ggml-base of the runtime, or the one that tests of the codec use."""
+    named = os.environ.get("ENTROLLM_CODEC_LIBRARY")
+    return Path(named) if named else runtime.library("ggml-base")
 
 
 def patched_tree(folder: Path) -> Path:
@@ -75,8 +82,9 @@ class HostKernels:
             llama_cpp / "ggml" / "include",
             llama_cpp / "ggml" / "src",
             llama_cpp / "ggml" / "src" / "ggml-cuda",
+            llama_cpp / "src",
         ]
-        base = runtime.library("ggml-base")
+        base = codec_library()
         command = [
             "g++",
             "-std=c++17",
@@ -89,10 +97,11 @@ class HostKernels:
             "-shared",
             "-fPIC",
         ]
-        command += [*flags, *(f"-I{path}" for path in includes), str(Path(__file__).parent / "host_kernels.cpp"), "-o", str(library)]
-        subprocess.run([*command, str(base), f"-Wl,-rpath,{base.parent}"], check=True)
+        sources = (Path(__file__).parent / "host_kernels.cpp", llama_cpp / "src" / "llama-entropy-codec.cpp")
+        command += [*flags, *(f"-I{path}" for path in includes), *map(str, sources), "-o", str(library)]
+        subprocess.run([*command, str(base), f"-Wl,-rpath,{base.parent}", "-lpthread"], check=True)
         self._library = ctypes.CDLL(str(library))
-        for name in ("host_decode", "host_get_rows", "host_mat_vec", "host_add_offsets", "host_count_routes"):
+        for name in ("host_decode", "host_get_rows", "host_mat_vec", "host_add_offsets", "host_count_routes", "host_make_lanes"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def _call(self, name: str, weights: Weights, plain: int, options: dict, *arguments) -> None:
@@ -119,6 +128,20 @@ class HostKernels:
         )
         if error:
             raise KernelError(error.decode())
+
+    def make_lanes(self, kind: EntropyType, payload: np.ndarray, shape: tuple[int, int, int], device_size: int | None = None) -> np.ndarray:
+        """A payload of a file in the device layout, as the model loader makes it: uint8 (n_slabs * device_size,).
+
+        Args:
+            payload: uint8, all slabs.
+            shape: (n_slabs, n_rows, n_cols).
+            device_size: instead of the header's.
+        """
+        n_slabs, n_rows, n_cols = shape
+        size = device_size or codec.read_header(kind, payload, shape).device_size
+        out = np.full(n_slabs * size, 0xCD, np.uint8)
+        self._call("host_make_lanes", Weights(kind, payload, n_rows, n_cols, n_slabs), 0, {}, size, out)
+        return out
 
     def decode(self, weights: Weights, plain: str, group0: int = 0, n_groups: int | None = None, **options) -> np.ndarray:
         """Row groups as bytes of a stock type, uint8 (n_slabs, rows, bytes of a row)."""

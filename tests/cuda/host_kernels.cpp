@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// The CUDA kernels of entropy-coded tensors as a library for Python, run by simt.h. Every function returns an empty string or what went wrong.
+// The CUDA kernels of entropy-coded tensors as a library for Python, run by simt.h, and how the model loader brings tensors into the layout
+// that they read. Every function returns an empty string or what went wrong.
 
 #include "entropy/entropy-launch.cuh"
+#include "llama-entropy-codec.h"
 
 #include <stdexcept>
 #include <string>
@@ -50,6 +52,28 @@ struct shape {
     int32_t type, plain;
     int64_t n_cols, n_rows, n_slabs, slab_stride;
 };
+
+// payload: in the layout of the file; device_size takes the place of what its headers say.
+extern "C" const char * host_make_lanes(const shape * s, const run_options *, const uint8_t * payload, int64_t device_size, uint8_t * to) {
+    return guarded([&]() {
+        llama_entropy_slabs slabs(s->n_slabs);
+        for (int64_t i = 0; i < s->n_slabs; i++) {
+            const ggml_entropy_status status = ggml_entropy_validate_slab(payload + i*s->slab_stride, s->slab_stride, &slabs[i]);
+            if (status != GGML_ENTROPY_OK) {
+                throw std::runtime_error(ggml_entropy_status_str(status));
+            }
+            slabs[i].header.device_size = device_size;
+        }
+        llama_entropy_lanes lanes;
+        // one slab more at a time with every call: 1, then 2, ...
+        for (int64_t slab0 = 0, n = 1; slab0 < s->n_slabs; slab0 += n++) {
+            if (!lanes.make(slabs, slab0, std::min(slab0 + n, s->n_slabs), to + slab0*device_size)) {
+                throw std::runtime_error(lanes.status != GGML_ENTROPY_OK ? ggml_entropy_status_str(lanes.status) :
+                    "slab " + std::to_string(lanes.misfit) + " needs " + std::to_string(lanes.needed));
+            }
+        }
+    });
+}
 
 extern "C" const char * host_decode(const shape * s, const run_options * o, const uint8_t * payload, int64_t group0, int64_t n_groups, uint8_t * to) {
     return guarded([&]() {
@@ -122,7 +146,11 @@ static void mat_vec(const shape & s, const run_options & o, const uint8_t * payl
         allow(args.payload[i], args.slab_stride[i]*s.n_slabs);
         allow(args.y[i], n_rows[other]*n_y1*c.n2*4);
     }
-    entropy_launch_quantize<TYPE>(launcher, { { args.payload[0], args.payload[1] }, { c.x, c.n1, c.n2, s.n_cols, s.n_cols*c.n1, 0 }, columns });
+    const entropy_routes routes = { c.ids, 1, c.n_slots, (int) c.n_slots, (int) s.n_slabs };
+    entropy_launch_quantize<TYPE>(launcher, {
+        { args.payload[0], args.payload[1] }, { args.slab_stride[0], args.slab_stride[1] }, routes,
+        { c.x, c.n1, c.n2, s.n_cols, s.n_cols*c.n1, 0 }, columns,
+    });
     args.columns         = columns;
     args.n1              = c.n1;
     args.planes_per_slab = 1;

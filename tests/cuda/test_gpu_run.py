@@ -18,9 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pack
 import run as gpu_run
-from host import patched_tree
-
-from entrollm_gguf import runtime
+from host import codec_library, patched_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = (
@@ -43,7 +41,7 @@ def test_programs_compile(tree, name):
 
 def test_harness_on_the_cpu(tree, tmp_path):
     """The checks that a GPU is to pass: they are right where the kernels are."""
-    base = runtime.library("ggml-base")
+    base = codec_library()
     includes = [Path(__file__).parent, *(tree / "ggml" / part for part in ("include", "src", "src/ggml-cuda"))]
     command = ["g++", "-x", "c++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror"]
     command += [*(f"-I{path}" for path in includes), str(ROOT / "bench" / "gpu" / "harness.cu"), "-o", str(tmp_path / "harness")]

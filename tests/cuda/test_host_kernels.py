@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels, thread by thread on the CPU (simt.h), against numpy, the reference decoder and the codec.
 
-Decoded weights are bit-exact. Sums of products differ from f64 by the rounding of f32.
+Payloads as in a file are brought into the device layout, as the model loader does it. Decoded weights are bit-exact. Sums of products
+differ from f64 by the rounding of f32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fused_cases import Case, Made, all_cases, make, make_columns
 from host import SMALLEST_SHARED, HostKernels, KernelError, Weights, patched_tree
-from reference import decoder
+from reference import decoder, lanes
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
@@ -33,7 +34,7 @@ def kernels(tmp_path_factory) -> HostKernels:
 
 def weights(one: Made) -> Weights:
     n_slabs, n_rows, n_cols = one.codes.shape
-    return Weights(one.case.kind, one.payload, n_rows, n_cols, n_slabs)
+    return Weights(one.case.kind, codec.to_lanes(one.case.kind, one.payload, one.codes.shape), n_rows, n_cols, n_slabs)
 
 
 def values(one: Made) -> np.ndarray:
@@ -46,6 +47,16 @@ def check(one: Made, got: np.ndarray) -> None:
     expected, size = one.expected(values(one))
     error = np.abs(got.reshape(expected.shape) - expected) / np.maximum(size, 1e-30)
     assert error.max() <= BOUND, (str(one.case), error.max())
+
+
+def kind_number(kind: EntropyType) -> int:
+    """As in headers."""
+    return 1 if kind is EntropyType.EQ8 else 2
+
+
+def reference_slabs(one: Made) -> list[decoder.Slab]:
+    n_slabs, n_rows, n_cols = one.codes.shape
+    return decoder.parse_tensor(one.payload.tobytes(), kind_number(one.case.kind), (n_cols, n_rows, n_slabs, 1))
 
 
 # what a mat-vec launch takes: up to eight columns
@@ -66,6 +77,39 @@ def test_products(kernels, rng, case):
 def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
     one = make(Case(kind, 40, 96, n_columns, offset=offset), rng)
     check(one, kernels.mat_vec(weights(one), one.columns))
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_the_loader_makes_the_device_layout(kernels, rng, case):
+    """Bit by bit what the Python codec makes, which the reference decoder of the device layout accepts and decodes to the same codes."""
+    one = make(case, rng)
+    made = kernels.make_lanes(case.kind, one.payload, one.codes.shape)
+    np.testing.assert_array_equal(made, weights(one).payload)
+    if one.codes.size <= 40_000:
+        for slab, codes in zip(lanes.parse_tensor(made.tobytes(), reference_slabs(one)), one.codes):
+            lanes.verify(slab)
+            np.testing.assert_array_equal(lanes.decode_codes(slab), codes)
+
+
+@pytest.mark.parametrize("kind", EntropyType)
+def test_matrices_that_do_not_fit(kernels, rng, kind):
+    """A header that promises too little; more than is needed is filled up."""
+    one = make(Case(kind, 100, 192, 1, n_slabs=3, offset="row"), rng)
+    size = codec.read_header(kind, one.payload, one.codes.shape).device_size
+    with pytest.raises(KernelError, match=rf"slab \d needs {size}$"):
+        kernels.make_lanes(kind, one.payload, one.codes.shape, size - 256)
+    larger = kernels.make_lanes(kind, one.payload, one.codes.shape, size + 512).reshape(3, -1)
+    assert (larger[:, size:] == 0).all()
+    np.testing.assert_array_equal(larger[:, 256:size], kernels.make_lanes(kind, one.payload, one.codes.shape).reshape(3, -1)[:, 256:])
+
+
+def test_large_matrices_by_several_threads(kernels, rng):
+    """Work in chunks of row groups: the result does not depend on them. The last group is not full."""
+    for kind in EntropyType:
+        codes = np.clip(np.rint(rng.normal(0, 3, (2, 1013, 2048))), *kind.code_range).astype(np.int8)
+        scales = rng.uniform(0.001, 0.02, (2, 1013)).astype(np.float16)
+        payload = codec.encode(kind, codes, scales).payload
+        np.testing.assert_array_equal(kernels.make_lanes(kind, payload, codes.shape), codec.to_lanes(kind, payload, codes.shape))
 
 
 def check_pair(kernels, one: Made, other: Made, **options) -> None:
@@ -133,12 +177,10 @@ def test_single_rows(kernels, rng, case):
 
 def stock(one: Made) -> tuple[str, bytes]:
     """What the reference decoder, or for large tensors the codec, makes of the payload."""
-    n_slabs, n_rows, n_cols = one.codes.shape
     if one.codes.size > 40_000:
         name, data = codec.decode_plain(one.case.kind, one.payload, one.codes.shape)
         return name, data.tobytes()
-    slabs = decoder.parse_tensor(one.payload.tobytes(), 1 if one.case.kind is EntropyType.EQ8 else 2, (n_cols, n_rows, n_slabs, 1))
-    decoded = [decoder.decode_plain(slab) for slab in slabs]
+    decoded = [decoder.decode_plain(slab) for slab in reference_slabs(one)]
     return decoded[0][0], b"".join(data for _, data in decoded)
 
 
@@ -219,9 +261,9 @@ def test_bursts_of_long_codes(kernels, rng, kind, n_far, early):
     codes[:, :, 2000 : 2000 + n_far] = rng.integers(low, high + 1, (1, 32, n_far))
     scales = np.full((1, 1), 0.01, np.float16)
     encoded = codec.encode(kind, codes, scales, None, tile_cols=1024)
-    assert codec.table(kind, encoded.payload, codes.shape[1:])[..., 0].max() >= 14
     columns = make_columns((1, 1, 16384), rng)
     one = Made(Case(kind, 32, 16384, 1), encoded.payload, codes, scales, None, columns, None)
+    assert weights(one).payload[256:768:2].max() >= 14  # lengths in the table
     check(one, kernels.mat_vec(weights(one), columns, early=early))
     name, expected = stock(one)
     assert kernels.decode(weights(one), name, early=early).tobytes() == expected
@@ -245,16 +287,13 @@ def test_activations_that_are_not_exact(kernels, rng, kind):
 def test_damaged_streams_stay_in_bounds(kernels, rng, kind):
     """Any bits in the bitstream: every access is checked, and rows of other tiles are untouched."""
     one = make(Case(kind, 70, 576, 2, offset="row", codes="escapes", tile_cols=256), rng)
-    header = codec.read_header(kind, one.payload, one.codes.shape[1:])
-    assert header.slab_size == one.payload.size
-    slab = decoder.parse_tensor(one.payload.tobytes(), 1 if kind is EntropyType.EQ8 else 2, (576, 70, 1, 1))[0]
-    begin = int.from_bytes(one.payload[96:104].tobytes(), "little")
-    n_words = int.from_bytes(one.payload[104:112].tobytes(), "little")
-    assert slab is not None and begin + 4 * n_words < one.payload.size
+    sound = weights(one).payload
+    begin, n_words = (int(number) for number in sound[96:112].view(np.uint64))
+    assert begin + 4 * n_words < sound.size
     ids = np.array([[0, 31, 69]], np.int32)
     plain = "F16" if kind is EntropyType.EQ8 else "Q4_1"
     for fill in ("zeros", "ones", "random", "one bit"):
-        payload = one.payload.copy()
+        payload = sound.copy()
         stream = payload[begin : begin + 4 * n_words]
         if fill == "one bit":
             stream[rng.integers(stream.size, size=20)] ^= 1
@@ -267,20 +306,55 @@ def test_damaged_streams_stay_in_bounds(kernels, rng, kind):
             kernels.get_rows(damaged, ids, backwards=backwards)
 
 
+@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("offset", ["none", "row"])
+@pytest.mark.parametrize("fill", [0, 255])
+def test_experts_that_were_not_copied(kernels, rng, kind, offset, fill):
+    """A scheduler may bring only the experts that are used to a device: no kernel may look at others, not even for what all have in common."""
+    case = Case(kind, 33, 64, 5, n_slabs=4, n_used=2, offset=offset)
+    one, other = make(case, rng), make(replace(case, n_rows=40), rng)
+    one.ids = rng.permuted(np.tile(np.array([1, 3], np.int32), (5, 1)), axis=1)
+    other.columns, other.ids = one.columns, one.ids
+
+    def copied(full: Made) -> Weights:
+        there = weights(full)
+        others = there.payload.reshape(4, -1)[::2]
+        others[:] = fill
+        others[:, 36] = 32  # the width of tiles: a division by zero would end the test program
+        return there
+
+    check(one, kernels.mat_vec(copied(one), one.columns, one.ids))
+    both = kernels.mat_vec_pair(copied(one), copied(other), one.columns, one.ids)
+    check(one, both[0])
+    check(other, both[1])
+
+    # columns of real models: a second term that is missing shows
+    one.columns = rng.normal(0, 1, one.columns.shape).astype(np.float32)
+    expected, size = one.expected(values(one))
+    error = np.abs(kernels.mat_vec(copied(one), one.columns, one.ids) - expected) / np.maximum(size, 1e-30)
+    assert error.max() < (5e-3 if offset == "none" else 1e-4)
+
+    without, _ = one.expected(one.codes * one.scales[:, :, None].astype(np.float64))
+    got = without.astype(np.float32)
+    kernels.add_offsets(copied(one), one.columns, got, one.ids)
+    check(one, got)
+
+
 def test_ids_out_of_range(kernels, rng):
     """An expert or row that does not exist gives nothing, and no access out of bounds."""
     one = make(Case(EntropyType.EQ8, 33, 64, 2, n_slabs=3, n_used=2), rng)
     ids = np.array([[0, 3], [-1, 2]], np.int32)
     got = kernels.mat_vec(weights(one), one.columns, ids)
     assert np.isnan(got[0, 1]).all() and np.isnan(got[1, 0]).all() and np.isfinite(got[0, 0]).all() and np.isfinite(got[1, 1]).all()
-    rows = kernels.get_rows(Weights(EntropyType.EQ8, one.payload[: one.payload.size // 3], 33, 64), np.array([[33, -1, 5]], np.int32))
+    first = weights(one).payload.reshape(3, -1)[0]
+    rows = kernels.get_rows(Weights(EntropyType.EQ8, first, 33, 64), np.array([[33, -1, 5]], np.int32))
     assert (rows[0, :2] == 0).all() and (rows[0, 2] != 0).any()
 
 
 def test_the_emulator_sees_mistakes(kernels, rng):
-    """A lane length beyond the slab, which validation would have refused, is an access out of bounds."""
+    """A lane length beyond the slab is an access out of bounds."""
     one = make(Case(EntropyType.EQ8, 32, 64, 1), rng)
-    payload = one.payload.copy()
+    payload = weights(one).payload
     lane_words = int.from_bytes(payload[88:96].tobytes(), "little")
     payload[lane_words : lane_words + 32] = 255
     with pytest.raises(KernelError, match="global access out of bounds"):

@@ -89,7 +89,8 @@ def main() -> None:
     for vector in vectors:
         n_slabs, n_rows, n_cols = (1, *vector["shape"])[-3:]
         files = [TESTS / "vectors" / f"{vector['name']}.{ending}" for ending in ("payload", "codes")]
-        run("qemu-aarch64", programs / "decode-vector", vector["type"], str(n_cols), str(n_rows), str(n_slabs), *files)
+        arguments = [vector["type"], str(n_cols), str(n_rows), str(n_slabs), vector["name"], *files]
+        run("qemu-aarch64", programs / "decode-vector", *arguments)
     print(f"test-neon: {len(vectors)} golden vectors decoded bit-exactly")
     command = shlex.join(["qemu-aarch64", str(programs / "test-entropy-ops")])
     test = TESTS / "cross" / "test_fused_ops.py"

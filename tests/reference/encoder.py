@@ -1,81 +1,126 @@
 # SPDX-License-Identifier: MIT
-"""Simple encoder written from docs/format.md, independent of the codec: for cross tests, and to make damaged files from. Its codes are valid, not optimal."""
+"""Simple encoder written from docs/format.md, independent of the codec: for cross tests, and to make damaged files from.
+
+Its codes are valid, not optimal.
+"""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import struct
-from collections import Counter
 
 import numpy as np
-import xxhash
 
-from .decoder import _HEADER, KIND_EQ8, align, ceil_div
-
-Class = tuple[int, int, int]  # base, e, p (5.2)
+from .decoder import _CODE, _HEADER, GROUP_ROWS, KIND_EQ4, MAGIC, TAIL_SHAPES, UNIT, UNIT_COLS, Code, align, as_i8, ceil_div, slab_hash
 
 
-def to_symbols(codes: np.ndarray, kind: int) -> np.ndarray:
-    """4: codes (n_rows, n_cols) to coded bytes."""
-    q = codes.astype(int)
-    return q + 128 if kind == KIND_EQ8 else (q[:, 0::2] + 8) | (q[:, 1::2] + 8) << 4
+def make_code(raw_bits: int, bin_bits: int, tail: int, base: int, bins: tuple[int, ...] = ()) -> Code:
+    """A code, from its parameters (5.2).
+
+    Args:
+        bins: first codes of the classes from class 1 on; without, bins lie side by side, by turns below and above the direct interval.
+    """
+    assert (tail == 0) == (raw_bits == 8)
+    empty = Code(raw_bits, bin_bits, tail, base, ())
+    if tail:
+        size, above = 1 << bin_bits, base + empty.n_direct
+        places = [base - (i + 1) // 2 * size if i % 2 else above + i // 2 * size for i in range(empty.n_classes)]
+        if bins:
+            places = [above, *bins] + [0] * (empty.n_classes - 1 - len(bins))
+    else:
+        places = []
+    return Code(raw_bits, bin_bits, tail, as_i8(base), tuple(as_i8(place) for place in places))
 
 
-def default_classes(symbols: np.ndarray) -> list[Class]:
-    """Huffman over single symbols, the rare ones through the escape; prefix lengths evened out to at most 8 bits."""
-    counts = Counter(symbols.reshape(-1).tolist())
-    if len(counts) == 1:
-        return [(min(next(iter(counts)), 254), 1, 0)]  # 7: one-symbol tensors
-    common = counts.most_common(60)
-    escaped = sum(counts.values()) - sum(n for _, n in common)
-    weights = dict(common)
-    if escaped:
-        weights[-1] = escaped  # stands for the escape
-    lengths = huffman_lengths(weights)
-    limit = {key: 7 if key == -1 else 8 for key in lengths}
-    if any(lengths[key] > limit[key] for key in lengths):
-        # too skewed for the limits: all prefixes of nearly equal length
-        n = len(lengths)
-        short = (1 << (n - 1).bit_length()) - n  # this many may be one bit shorter
-        order = sorted(lengths, key=lambda key: (key != -1, -weights[key]))
-        longest = (n - 1).bit_length()
-        lengths = {key: longest - (i < short) for i, key in enumerate(order)}
-    return [(0, 8, p) if key == -1 else (key, 0, p) for key, p in lengths.items()]
+def default_code(codes: np.ndarray) -> Code:
+    """A direct interval around the mean, about two standard deviations wide."""
+    mean, deviation = float(codes.mean()), float(codes.std())
+    if deviation > 50:
+        return make_code(8, 0, 0, -128)
+    raw_bits = min(7, max(1, int(np.log2(2 * deviation + 1)) + 1))
+    bin_bits = max(0, raw_bits - 2)
+    n_direct = (1 << raw_bits) - (1 << bin_bits)
+    return make_code(raw_bits, bin_bits, max(TAIL_SHAPES), round(mean) - n_direct // 2)
 
 
-def huffman_lengths(weights: dict[int, int]) -> dict[int, int]:
-    tie = itertools.count()
-    heap = [(w, next(tie), {key: 0}) for key, w in weights.items()]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        (wa, _, a), (wb, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-        heapq.heappush(heap, (wa + wb, next(tie), {key: p + 1 for key, p in (a | b).items()}))
-    return heap[0][2]
+def encode_unit(codes: np.ndarray, exists: np.ndarray, code: Code) -> tuple[np.ndarray, list[np.ndarray], bytes]:
+    """5.6: raw numbers of a unit, its bit planes, and its part of the far stream. Arrays have 64 entries, in the order of weights.
+
+    A weight is coded directly, else by the first class that holds it, else it is far (7). Weights that do not exist have r = 0.
+    """
+    D, far = code.n_direct, code.n_classes
+    places = (codes - code.base) % 256
+    r = np.where(places < D, places, D)
+    c = np.where(places < D, -1, far)
+    for i in reversed(range(code.n_classes)):
+        places = (codes - code.class_base[i]) % 256
+        held = (c >= 0) & (places < 1 << code.bin_bits)
+        c[held], r[held] = i, D + places[held]
+    r[~exists], c[~exists] = 0, -1
+
+    planes, weights, f = [], np.flatnonzero(c >= 0), 0
+    for w in code.digits:
+        value = np.minimum(c[weights] - f, (1 << w) - 1)
+        planes += [value >> i & 1 for i in range(w)]
+        weights = weights[value == (1 << w) - 1]
+        f += (1 << w) - 1
+    return r, planes, codes[weights].astype(np.int8).tobytes()
 
 
-def expand(classes: list[Class]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
-    """5.2: the table, and per symbol (code, t): the shortest one, the first class on a tie (7)."""
-    table: list[tuple[int, int]] = []
-    codes: dict[int, tuple[int, int]] = {}
-    for base, e, p in sorted(classes, key=lambda c: (c[2], c[0], c[1])):
-        run, t = 1 << (8 - p), p + e
-        prefix = len(table) // run
-        table += [(t, (base - (prefix << e)) % 256)] * run
-        for u in range(base, base + (1 << e)):
-            if u not in codes or t < codes[u][1]:
-                codes[u] = (prefix << e | (u - base), t)
-    assert len(table) == 256, "the classes are not complete"
-    return table, codes
+def pack_raw(r: np.ndarray, raw_bits: int) -> bytes:
+    """5.6: the raw bits of a unit."""
+    parts, i = [], np.arange(UNIT)
+    for width in (8,) if raw_bits == 8 else [w for w in (4, 2, 1) if raw_bits & w]:
+        n_bytes = 8 * width
+        part = np.zeros(n_bytes, np.uint8)
+        value = (r & (1 << width) - 1).astype(np.uint8)
+        if width == 1:  # weight i in byte i div 8
+            part = np.packbits(value, bitorder="little")
+        else:  # in byte i mod n_bytes
+            np.bitwise_or.at(part, i % n_bytes, value << (width * (i // n_bytes)).astype(np.uint8))
+        parts.append(part.tobytes())
+        r = r >> width
+    return b"".join(parts)
+
+
+def encode_group(codes: np.ndarray, code: Code) -> bytes:
+    """A row group (5.6).
+
+    Args:
+        codes: int8 (1 to 16 rows, n_cols).
+    """
+    n_rows, n_cols = codes.shape
+    whole = np.zeros((GROUP_ROWS, n_cols), int)
+    whole[:n_rows] = codes
+    exists = np.arange(UNIT) // UNIT_COLS < n_rows
+    raw, planes, far = b"", [np.zeros(0, int)], b""
+    for column in range(0, n_cols, UNIT_COLS):
+        r, unit_planes, unit_far = encode_unit(whole[:, column : column + UNIT_COLS].reshape(-1), exists, code)
+        raw += pack_raw(r, code.raw_bits)
+        planes += unit_planes
+        far += unit_far
+    tail = np.packbits(np.concatenate(planes).astype(np.uint8), bitorder="little").tobytes()
+    return raw + tail + bytes(-len(raw + tail + far) % 8) + far[::-1]
+
+
+def device_size_bound(kind: int, n_rows: int, n_cols: int, tile_cols: int, scale_mode: int, offset_mode: int) -> int:
+    """8: as many bytes as a slab can take in the device layout, with codes of 15 bits everywhere."""
+    n_tiles = ceil_div(n_rows, 32) * ceil_div(n_cols, tile_cols)
+    words = ceil_div(15 * tile_cols // (2 if kind == KIND_EQ4 else 1), 32)
+    sizes = (512, 2 * n_rows * (scale_mode == 1), 4 * n_rows * (offset_mode == 2), 4 * n_tiles, 32 * n_tiles, 4 * 32 * words * n_tiles)
+    return 256 + sum(align(size, 256) for size in sizes) + 256
 
 
 def encode_slab(
     codes: np.ndarray,
     kind: int,
     scales: np.ndarray,
-    offsets: np.ndarray | None,
-    tile_cols: int,
-    classes: list[Class] | None = None,
+    offsets: np.ndarray | None = None,
+    *,
+    name: str = "",
+    i_slab: int = 0,
+    code: Code | None = None,
+    tile_cols: int = 32,
+    device_size: int | None = None,
     n_slabs: int = 1,
     slab_size: int | None = None,
 ) -> bytes:
@@ -85,67 +130,84 @@ def encode_slab(
         codes: int8 (n_rows, n_cols).
         scales: float16 (1,) or (n_rows,).
         offsets: float32 of the same shapes, or None.
+        name, i_slab: of the tensor and in it, for the hash.
+        code: None for default_code.
+        device_size: None for one that suffices whatever the host's code.
         slab_size: for n_slabs > 1, a larger size than needed.
     """
     n_rows, n_cols = codes.shape
-    symbols = to_symbols(codes, kind)
-    table, book = expand(classes or default_classes(symbols))
-    per_symbol = n_cols // symbols.shape[1]
-    while True:
-        tiles = [
-            tile_lanes(symbols[g : g + 32, c : c + tile_cols // per_symbol], book)
-            for g in range(0, n_rows, 32)
-            for c in range(0, symbols.shape[1], tile_cols // per_symbol)
-        ]
-        if max(len(lane) for tile in tiles for lane in tile) <= 255:
-            break
-        tile_cols = max(32, tile_cols // 2 // 32 * 32)
-
-    bitstream, word_offsets, lane_words = [], [], []
-    for tile in tiles:
-        word_offsets.append(len(bitstream))
-        lane_words += [len(lane) for lane in tile] + [0] * (32 - len(tile))
-        for j in range(max(map(len, tile))):  # 5.7: word rows
-            bitstream += [lane[j] for lane in tile if j < len(lane)]
-        bitstream += [0] * (-len(bitstream) % 4)
+    code = code or default_code(codes)
+    index, body = b"", b""
+    for row in range(0, n_rows, GROUP_ROWS):
+        index += struct.pack("<I", len(body) // 8)
+        body += encode_group(codes[row : row + GROUP_ROWS], code)
 
     scale_mode = int(len(scales) > 1)
     offset_mode = 0 if offsets is None else 1 if len(offsets) == 1 else 2
     sections = [
-        bytes(itertools.chain.from_iterable(table)),
         scales.astype("<f2").tobytes() if scale_mode else None,
         offsets.astype("<f4").tobytes() if offsets is not None and offset_mode == 2 else None,
-        struct.pack(f"<{len(word_offsets)}I", *word_offsets),
-        bytes(lane_words),
-        struct.pack(f"<{len(bitstream)}I", *bitstream),
+        index,
+        body,
     ]
-    body, places = b"", []
+    data, places = bytes(256), []
     for section in sections:
-        places.append(0 if section is None else 256 + len(body))
         if section is not None:
-            body += section + bytes(-len(section) % 256)
-    size = slab_size or 256 + len(body) + 256
-    n_tiles = ceil_div(n_rows, 32) * ceil_div(n_cols, tile_cols)
+            data += bytes(-len(data) % 64)
+        places.append(0 if section is None else len(data))
+        data += section or b""
+    size = slab_size or align(len(data), 256) + 256
+    device_size = device_size or device_size_bound(kind, n_rows, n_cols, tile_cols, scale_mode, offset_mode)
+    class_base = np.array(code.class_base, np.int8).tobytes().ljust(8, b"\0")
     header = _HEADER.pack(
-        b"EQT1", 1, kind, 0, 0, size, n_cols, n_rows, n_slabs, tile_cols, n_tiles, scale_mode, offset_mode,
-        0 if scale_mode else int(scales.astype("<f2").view("<u2")[0]), float(offsets[0]) if offset_mode == 1 else 0.0, 0, *places, len(bitstream),
+        MAGIC, 2, kind, 0, 0, size, n_cols, n_rows, n_slabs, scale_mode, offset_mode,
+        0 if scale_mode else int(scales.astype("<f2").view("<u2")[0]), float(offsets[0]) if offset_mode == 1 else 0.0, tile_cols, device_size,
+        *places, len(body), _CODE.pack(code.raw_bits, code.bin_bits, code.tail, code.base, class_base, bytes(4)),
     )  # fmt: skip
-    slab = bytearray(header.ljust(256, b"\0") + body)
-    assert align(len(slab), 256) == len(slab)
-    slab += bytes(size - len(slab))
-    return rehash(bytes(slab))
+    return rehash((header.ljust(256, b"\0") + data[256:]).ljust(size, b"\0"), name, i_slab)
 
 
-def tile_lanes(symbols: np.ndarray, book: dict[int, tuple[int, int]]) -> list[list[int]]:
-    """Words of every lane of a tile."""
-    lanes = []
-    for row in symbols:
-        bits = "".join(format(book[u][0], f"0{book[u][1]}b") for u in row.tolist())
-        bits += "0" * (-len(bits) % 32)
-        lanes.append([int(bits[i : i + 32], 2) for i in range(0, len(bits), 32)])
-    return lanes
+def encode_tensor(codes: np.ndarray, kind: int, scales: np.ndarray, offsets: np.ndarray | None = None, **keywords) -> bytes:
+    """All slabs of a tensor, of equal size.
+
+    Args:
+        codes: int8 (n_slabs, n_rows, n_cols).
+        scales: float16 (n_slabs, 1 or n_rows).
+        offsets: float32 of the same shapes, or None.
+        keywords: name, code, tile_cols and device_size of encode_slab.
+    """
+
+    def slab(i: int, slab_size: int | None) -> bytes:
+        offset = None if offsets is None else offsets[i]
+        return encode_slab(codes[i], kind, scales[i], offset, i_slab=i, n_slabs=len(codes), slab_size=slab_size, **keywords)
+
+    size = max(len(slab(i, None)) for i in range(len(codes)))
+    return b"".join(slab(i, size) for i in range(len(codes)))
 
 
-def rehash(slab: bytes) -> bytes:
+def rehash(slab: bytes, name: str = "", i_slab: int = 0) -> bytes:
     """The slab with the right hash (5.1)."""
-    return slab[:8] + struct.pack("<Q", xxhash.xxh64_intdigest(slab[16:], seed=0)) + slab[16:]
+    return slab[:8] + struct.pack("<Q", slab_hash(slab, name, i_slab)) + slab[16:]
+
+
+def scramble(slab: bytes, rng: np.random.Generator) -> bytes:
+    """The slab with random bits behind its header and its scales: an index of any groups that a reader accepts, and any body and slack.
+
+    A third of the bodies each are even noise, mostly ones and mostly zeros; in every other one all groups but the last are as short as
+    can be.
+    """
+    header = _HEADER.unpack_from(slab)
+    n_cols, n_rows, index_at, body_at, body_size, raw_bits = header[6], header[7], header[17], header[18], header[19], slab[96]
+    n_groups, raw_size = ceil_div(n_rows, GROUP_ROWS), n_cols // UNIT_COLS * 8 * raw_bits
+    taste, short = int(rng.integers(3)), bool(rng.integers(2))
+    out = np.frombuffer(slab, np.uint8).copy()
+    noise = rng.integers(0, 256, len(out) - body_at).astype(np.uint8)
+    if taste:
+        rare = (rng.integers(0, 256, noise.size) & rng.integers(0, 256, noise.size) & rng.integers(0, 256, noise.size)).astype(np.uint8)
+        noise = ~rare if taste == 1 else rare
+    out[body_at:] = noise
+
+    spare = np.sort(rng.integers(0, (body_size - n_groups * raw_size) // 8 + 1, n_groups - 1))  # in units of 8 bytes
+    begins = np.arange(n_groups) * (raw_size // 8) + np.concatenate([[0], spare * (not short)]).astype(int)
+    out[index_at : index_at + 4 * n_groups] = begins.astype("<u4").view(np.uint8)
+    return out.tobytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from malformed.cases import CASES
+from malformed.cases import CASES, NAME
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
@@ -17,14 +17,15 @@ TYPES = {1: EntropyType.EQ8, 2: EntropyType.EQ4}
 MESSAGES = {
     "truncated": "shorter",
     "bad-magic": "magic",
-    "bad-version": "version",
+    "old-version": "version 1, .* convert the model again",
+    "bad-version": "a format version",
     "bad-kind": "another type",
     "bad-shape": "shape",
     "bad-mode": "mode",
     "bad-layout": "layout",
     "bad-reserved": "reserved",
     "bad-scale": "scale or offset",
-    "bad-table": "table",
+    "bad-table": "code parameters",
     "bad-index": "index",
     "bad-hash": "hash",
     "bad-stream": "exactly its codes",
@@ -44,5 +45,10 @@ def test_case(case):
         return
     codec.validate(TYPES[kind], payload, shape)
     assert codec.decode(TYPES[kind], payload, shape).shape == shape  # in bounds, whatever the bits
-    with pytest.raises(FormatError):
-        codec.verify(TYPES[kind], payload, shape)
+    with pytest.raises(FormatError, match=MESSAGES[case.rule]):
+        codec.verify(TYPES[kind], payload, shape, NAME)
+
+
+def test_every_rule_has_a_case():
+    assert {case.rule for case in CASES} == set(MESSAGES)
+    assert len({case.name for case in CASES}) == len(CASES)

@@ -79,8 +79,8 @@ def test_error_is_at_most_half_a_step_and_the_file_holds_it(name, kind, w):
         assert np.ptp(w) * 1000 < np.abs(w).max()
         return
     step = np.abs(q.scales[0, :, None].astype(np.float64))
-    # f32 arithmetic of offset and quotient adds a little to half a step
-    slack = 1e-5 * (np.abs(w).max() + step)
+    # f32 arithmetic of offset and quotient adds a little to half a step, and a row of denormals alone counts as zeros
+    slack = 1e-5 * (np.abs(w).max() + step) + np.finfo(np.float32).tiny
     assert (np.abs(dequantize(q) - w) <= 0.5 * step + slack).all()
     payload = codec.encode(kind, q.codes, q.scales, q.offsets).payload
     codec.verify(kind, payload, w.shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Golden vectors (docs/format.md 10): every decoder gives their codes, the encoder their bytes."""
+"""Golden vectors (docs/format.md 10): every decoder gives their codes, the encoder their bytes, and their device layout is what it was."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
 from reference import decoder as ref_decoder
+from reference import encoder as ref_encoder
+from reference import lanes
 from vectors import make
 
 from entrollm_gguf import codec
@@ -18,6 +19,7 @@ from entrollm_gguf.codec import EntropyType
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 INDEX = json.loads((FOLDER / "index.json").read_text())
+KINDS = {"EQ8": 1, "EQ4": 2}
 
 
 @pytest.fixture(params=INDEX, ids=lambda entry: entry["name"])
@@ -42,10 +44,9 @@ def grid_of(entry: dict) -> tuple[np.ndarray, np.ndarray | None]:
     return scales, offsets
 
 
-def reference_slabs(entry: dict) -> list[ref_decoder.Slab]:
+def reference_slabs(entry: dict, payload: bytes | None = None) -> list[ref_decoder.Slab]:
     n_slabs, n_rows, n_cols = (1, *entry["shape"])[-3:]
-    kind = {"EQ8": 1, "EQ4": 2}[entry["type"]]
-    return ref_decoder.parse_tensor(payload_of(entry).tobytes(), kind, (n_cols, n_rows, n_slabs, 1))
+    return ref_decoder.parse_tensor(payload or payload_of(entry).tobytes(), KINDS[entry["type"]], (n_cols, n_rows, n_slabs, 1))
 
 
 def test_hashes(entry):
@@ -53,22 +54,23 @@ def test_hashes(entry):
     assert hashlib.sha256(payload).hexdigest() == entry["sha256"]
     size = len(payload) // len(entry["xxh64"])
     for i, digest in enumerate(entry["xxh64"]):
-        assert xxhash.xxh64_hexdigest(payload[i * size + 16 : (i + 1) * size]) == digest
+        assert f"{ref_decoder.slab_hash(payload[i * size : (i + 1) * size], entry['name'], i):016x}" == digest
 
 
 def test_the_reference_decoder_gives_the_codes(entry):
     slabs = reference_slabs(entry)
     scales, offsets = grid_of(entry)
     for i, (slab, codes) in enumerate(zip(slabs, codes_of(entry).reshape(len(slabs), *entry["shape"][-2:]))):
-        ref_decoder.verify(slab)
+        ref_decoder.verify(slab, entry["name"], i)
         assert np.array_equal(ref_decoder.decode_codes(slab), codes)
         assert np.array_equal(slab.scales, np.broadcast_to(scales[i], slab.scales.shape))
         assert np.array_equal(slab.offsets, np.broadcast_to(0 if offsets is None else offsets[i], slab.offsets.shape))
+        assert make.parameters(slab.data) == entry["codes"][i]
 
 
 def test_the_codec_gives_the_codes(entry):
     kind, payload, shape = EntropyType[entry["type"]], payload_of(entry), tuple(entry["shape"])
-    codec.verify(kind, payload, shape)
+    codec.verify(kind, payload, shape, entry["name"])
     assert np.array_equal(codec.decode(kind, payload, shape), codes_of(entry))
     scales, offsets = codec.scales_and_offsets(kind, payload, shape)
     expected_scales, expected_offsets = grid_of(entry)
@@ -78,26 +80,74 @@ def test_the_codec_gives_the_codes(entry):
     assert rows.tobytes() == b"".join(ref_decoder.decode_plain(slab)[1] for slab in reference_slabs(entry))
 
 
+def test_the_device_layout_holds_the_codes(entry):
+    kind, payload, shape = EntropyType[entry["type"]], payload_of(entry), tuple(entry["shape"])
+    device = codec.to_lanes(kind, payload, shape, entry["name"]).tobytes()
+    assert hashlib.sha256(device).hexdigest() == entry["lanes_sha256"]
+    slabs = lanes.parse_tensor(device, reference_slabs(entry))
+    scales, offsets = grid_of(entry)
+    for i, (slab, codes) in enumerate(zip(slabs, codes_of(entry).reshape(len(slabs), *shape[-2:]))):
+        lanes.verify(slab)
+        assert np.array_equal(lanes.decode_codes(slab), codes)
+        assert np.array_equal(slab.scales, np.broadcast_to(scales[i], slab.scales.shape))
+        assert np.array_equal(slab.offsets, np.broadcast_to(0 if offsets is None else offsets[i], slab.offsets.shape))
+
+
+def test_random_bodies_decode_alike(entry, rng):
+    """Each vector's header before random bits: codes and stock types of both decoders."""
+    kind, whole, shape = EntropyType[entry["type"]], payload_of(entry).tobytes(), tuple(entry["shape"])
+    size = len(whole) // len(entry["xxh64"])
+    for _ in range(2):
+        payload = b"".join(ref_encoder.scramble(whole[at : at + size], rng) for at in range(0, len(whole), size))
+        slabs = reference_slabs(entry, payload)
+        damaged = np.frombuffer(payload, np.uint8)
+        expected = np.stack([ref_decoder.decode_codes(slab) for slab in slabs]).reshape(shape)
+        assert np.array_equal(codec.decode(kind, damaged, shape), expected)
+        assert codec.decode_plain(kind, damaged, shape)[1].tobytes() == b"".join(ref_decoder.decode_plain(slab)[1] for slab in slabs)
+
+
 @pytest.mark.parametrize("entry", [e for e in INDEX if e["encoder"] == "codec"], ids=lambda entry: entry["name"])
 def test_the_codec_gives_the_bytes(entry):
     scales, offsets = grid_of(entry)
-    encoded = codec.encode(EntropyType[entry["type"]], codes_of(entry), scales, offsets, tile_cols=entry["tile_cols"])
+    encoded = codec.encode(EntropyType[entry["type"]], codes_of(entry), scales, offsets, name=entry["name"], tile_cols=entry["tile_cols"])
     assert hashlib.sha256(encoded.payload).hexdigest() == entry["sha256"]
 
 
+def longest_tail(slab: ref_decoder.Slab) -> int:
+    """Bits of the tail that one unit takes, from the codes: each weight goes on until a digit names its class."""
+    code, most = slab.code, 0
+    lengths = np.array([sum(code.digits[: i + 1]) for i, w in enumerate(code.digits) for _ in range((1 << w) - 1)] + [code.n_planes])
+    for group in (ref_decoder.decode_group(slab, i) for i in range(slab.n_groups)):
+        q, bits = group.codes.astype(int), np.zeros(group.codes.shape, int)
+        first = np.full(q.shape, code.n_classes)
+        for c in reversed(range(code.n_classes)):
+            first[(q - code.class_base[c]) % 256 < 1 << code.bin_bits] = c
+        is_open = group.raw >= code.n_direct
+        bits[is_open] = lengths[first[is_open]]
+        most = max(most, int(bits.reshape(16, -1, 4).sum(axis=(0, 2)).max()))
+    return most
+
+
 def test_they_cover_what_the_document_has():
-    slabs = {entry["name"]: reference_slabs(entry)[0] for entry in INDEX}
+    slabs = {entry["name"]: reference_slabs(entry) for entry in INDEX}
     for kind in (1, 2):
-        of_kind = [slab for slab in slabs.values() if slab.kind == kind]
-        assert {(slab.scale_mode, slab.offset_mode) for slab in of_kind} >= {(0, 0), (0, 1), (1, 0), (1, 2)}
-        assert {slab.n_rows for slab in of_kind} >= {1, 31, 32, 33}
-        assert any(slab.n_cols % slab.tile_cols for slab in of_kind)
+        of_kind = [slab for some in slabs.values() for slab in some if slab.kind == kind]
+        assert {(slab.scale_mode, slab.offset_mode) for slab in of_kind} == {(s, o) for s in (0, 1) for o in (0, 1, 2)}
+        assert {slab.n_rows for slab in of_kind} >= {1, 15, 16, 17, 33}
+        assert {slab.code.raw_bits for slab in of_kind} == set(range(1, 9))
+        assert {slab.code.tail for slab in of_kind} == set(ref_decoder.TAIL_SHAPES)
         assert any(slab.n_slabs > 1 for slab in of_kind)
-        assert any(len(set(slab.table)) == 1 for slab in of_kind)
-        assert max(t for slab in of_kind for t, _ in slab.table) == 15
-        assert any(len({*lanes[lanes > 0]}) > 1 for slab in of_kind for lanes in slab.lane_words)
-    assert slabs["eq8-long-lane"].tile_cols < 1024
-    assert slabs["eq8-escapes"].n_rows and any(t >= 9 for t, _ in slabs["eq8-escapes"].table)
+        assert any(slab.n_cols % slab.tile_cols for slab in of_kind)
+        assert any(slab.n_cols > 512 for slab in of_kind)
+        assert max(map(longest_tail, of_kind)) > 300
+        assert any(57 < longest_tail(slab) < 128 for slab in of_kind)
+        used = [ref_decoder.decode_group(slab, group) for slab in of_kind for group in range(slab.n_groups)]
+        assert any(group.n_far for group in used) and any(group.n_tail == 0 for group in used)
+    by_codec = [slabs[entry["name"]][0] for entry in INDEX if entry["encoder"] == "codec"]
+    assert {slab.code.tail for slab in by_codec} == set(ref_decoder.TAIL_SHAPES)
+    assert slabs["eq8-long-lane"][0].tile_cols < 1024
+    assert len({slab.code for slab in slabs["eq8-2x17x32-slabs-of-other-codes"]}) == 2
+    assert ref_decoder.decode_group(slabs["eq8-far"][0], 0).n_far > 0
 
 
 def test_the_script_makes_them(tmp_path):

@@ -3,12 +3,15 @@
 
     python tests/vectors/make.py     # writes this folder again; the only way that its files change
 
-`index.json` has an entry per vector: `name`, `type`, `shape` (n_rows, n_cols or n_slabs, n_rows, n_cols), `scales` and `offsets` (hex of
-little-endian f16 and f32, slab after slab, one or one per row; offsets may be null), `tile_cols`, `encoder`, `sha256` of the payload and `xxh64` of each
-slab. `NAME.payload` is the tensor as it stands in a GGUF, `NAME.codes` its codes, one int8 each, row after row.
+`index.json` has an entry per vector: `name`, which is the tensor's name too, as the hash takes it in; `type`, `shape` (n_rows, n_cols or
+n_slabs, n_rows, n_cols), `scales` and `offsets` (hex of little-endian f16 and f32, slab after slab, one or one per row; offsets may be
+null), `tile_cols`, `encoder`, `sha256` of the payload, `xxh64` of each slab, `codes`, the parameters of each slab's code (raw_bits,
+bin_bits, tail, base and class_base), and `lanes_sha256` of the device layout (section 8), all slabs. `NAME.payload` is the tensor as it
+stands in a GGUF, `NAME.codes` its codes, one int8 each, row after row.
 
-Random bytes come from SHAKE-256 of the vector's name: no library's generator has to stay as it is. `encoder: codec` means that this project's
-codec makes these very bytes; `encoder: reference` are valid payloads of other tables than it would choose.
+Random bytes come from SHAKE-256 of the vector's name: no library's generator has to stay as it is. `encoder: codec` means that this
+project's codec makes these very bytes; `encoder: reference` are valid payloads of other codes than it would choose, whose device layout
+has more room than it needs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reference.encoder import Class, encode_slab
+from reference.decoder import Code, parse_code
+from reference.encoder import encode_tensor, make_code
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
@@ -32,15 +36,26 @@ from entrollm_gguf.codec import EntropyType
 FOLDER = Path(__file__).resolve().parent
 EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4
 
-# two classes that overlap a third, and the escape over everything
-OVERLAPPING: list[Class] = [(128, 3, 1), (120, 4, 2), (0, 8, 2)]
-# the longest codes there are: the escape has a prefix of 7 bits and 8 extra bits
-LONGEST: list[Class] = [(128, 0, 1), (129, 0, 2), (127, 0, 3), (130, 0, 4), (126, 0, 5), (131, 0, 6), (0, 8, 7), (125, 0, 7)]
+# one code per number of raw bits, with all kinds of k, both tail shapes, and a direct interval off the middle, so that classes are used
+CODES_BY_RAW_BITS = {
+    1: make_code(1, 0, 2, 0),
+    2: make_code(2, 1, 1, -2),
+    3: make_code(3, 0, 2, -5),
+    4: make_code(4, 3, 1, -5),
+    5: make_code(5, 2, 2, -30),
+    6: make_code(6, 4, 1, 4),
+    7: make_code(7, 6, 2, -90),
+    8: make_code(8, 0, 0, 77),
+}
+# a class over the direct interval, two that overlap, one that wraps around, and one that is not used
+OVERLAPPING = make_code(4, 2, 2, -6, bins=(-6, 4, 7, 9, 126, -20))
+# no code but 100 is direct, and it does not occur: all weights are open, and most go through all planes
+ALL_OPEN = make_code(1, 0, 2, 100)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """One vector. `codes` names a distribution of make_codes; `classes` is for the reference encoder, None for the codec."""
+    """One vector. `codes` names a distribution of make_codes; `code` is for the reference encoder, None for the codec."""
 
     name: str
     kind: EntropyType
@@ -49,28 +64,37 @@ class Vector:
     scale: str = "one"  # one, row
     offset: str = "none"  # none, one, row
     tile_cols: int | None = None
-    classes: list[Class] | None = None
+    code: Code | None = None
 
 
 def all_vectors() -> list[Vector]:
-    """Both types; each mode of scale and offset; rows 1, 31, 32, 33; slices; slabs; tables of every kind."""
+    """Both types; each mode of scale and offset; rows 1, 15, 16, 17, 33; slabs; codes of every kind."""
     vectors = []
     for kind in (EQ8, EQ4):
         stem = kind.name.lower()
         vectors += [
             Vector(f"{stem}-1x32", kind, (1, 32)),
-            Vector(f"{stem}-31x64-offset-one", kind, (31, 64), offset="one"),
-            Vector(f"{stem}-32x32-rows", kind, (32, 32), scale="row"),
-            Vector(f"{stem}-33x96-rows-offset-rows", kind, (33, 96), scale="row", offset="row"),
+            Vector(f"{stem}-15x64-offset-one", kind, (15, 64), offset="one"),
+            Vector(f"{stem}-16x32-rows", kind, (16, 32), scale="row"),
+            Vector(f"{stem}-17x96-rows-offset-rows", kind, (17, 96), scale="row", offset="row"),
+            Vector(f"{stem}-17x32-offset-rows", kind, (17, 32), offset="row"),
+            Vector(f"{stem}-33x32-rows-offset-one", kind, (33, 32), scale="row", offset="one"),
             Vector(f"{stem}-33x160-short-slice", kind, (33, 160), tile_cols=64),
             Vector(f"{stem}-3x2x64-slabs", kind, (3, 2, 64), scale="row", offset="row"),
+            Vector(f"{stem}-2x17x32-slabs-of-other-codes", kind, (2, 17, 32), codes="slabs"),
             Vector(f"{stem}-one-symbol", kind, (33, 32), codes="one symbol"),
             Vector(f"{stem}-zero-scale", kind, (2, 32), codes="zero scale", scale="row"),
-            Vector(f"{stem}-escapes", kind, (33, 128), codes="escapes"),
+            Vector(f"{stem}-far", kind, (33, 128), codes="far"),
             Vector(f"{stem}-uniform", kind, (8, 256), codes="uniform"),
             Vector(f"{stem}-ragged", kind, (40, 128), codes="ragged", scale="row"),
-            Vector(f"{stem}-overlapping-classes", kind, (3, 64), codes="narrow", classes=OVERLAPPING, tile_cols=64),
-            Vector(f"{stem}-longest-codes", kind, (33, 64), codes="uniform", classes=LONGEST, tile_cols=32),
+            # more than 256 columns: kernels decode so many at a time
+            Vector(f"{stem}-2x544", kind, (2, 544)),
+            Vector(f"{stem}-overlapping-classes", kind, (3, 64), codes="narrow", code=OVERLAPPING, tile_cols=64),
+            Vector(f"{stem}-all-open", kind, (16, 64), codes="open", code=ALL_OPEN, tile_cols=32),
+        ]
+        vectors += [
+            Vector(f"{stem}-raw-bits-{raw_bits}", kind, (17, 64), codes="uniform", code=code, tile_cols=32)
+            for raw_bits, code in CODES_BY_RAW_BITS.items()
         ]
     # 1024 codes of up to 15 bits fill more than 255 words: tile_cols is halved
     vectors.append(Vector("eq8-long-lane", EQ8, (4, 1024), codes="one far row", tile_cols=1024))
@@ -94,12 +118,17 @@ def make_codes(vector: Vector) -> np.ndarray:
     elif vector.codes == "uniform":
         q = noise[0] * (high - low + 1) // 256 + low
     elif vector.codes == "narrow":
-        q = noise[0] % 16 - 8
-    elif vector.codes == "escapes":  # a narrow core, single codes anywhere
+        q = np.clip(noise[0] % 18 - 8, low, high)
+    elif vector.codes == "open":  # at the classes of ALL_OPEN and beside them, as far as the type goes
+        q = np.clip(noise[0] % 16 + 92, low, high)
+        q[q == 100] = low
+    elif vector.codes == "far":  # a narrow core, single codes anywhere
         q = np.where(noise[4] < 8, noise[0] * (high - low + 1) // 256 + low, bell // max(1, (high + 1) // 8))
     elif vector.codes == "ragged":  # rows of zeros between others
         rows = np.arange(n) // vector.shape[-1]
         q = np.where(rows % 3 == 0, bell, 0)
+    elif vector.codes == "slabs":  # a wide one and a narrow one
+        q = np.where(np.arange(n) < n // 2, noise[0] * (high - low + 1) // 256 + low, bell // 8)
     elif vector.codes == "one far row":
         q = np.where(np.arange(n) // vector.shape[-1] == 1, noise[0] + low, 0)
         q[: vector.shape[-1]] = bell[: vector.shape[-1]] // 32
@@ -108,7 +137,7 @@ def make_codes(vector: Vector) -> np.ndarray:
 
 
 def make_grid(vector: Vector) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales f16 and offsets f32, both (n_slabs, 1 or n_rows). Offsets are multiples of the scale by 8, so that EQ4's minimum is an f16."""
+    """Scales f16 and offsets f32, both (n_slabs, 1 or n_rows). Offsets are multiples of a scale by 8, so that EQ4's minimum is an f16."""
     n_slabs, n_rows = (1, *vector.shape)[-3:-1]
     noise = random_bytes(vector.name + "/grid", 2 * n_slabs * n_rows).reshape(2, n_slabs, n_rows)
     scales = ((noise[0] + 1) / 4096).astype(np.float16)[:, : n_rows if vector.scale == "row" else 1]
@@ -116,17 +145,25 @@ def make_grid(vector: Vector) -> tuple[np.ndarray, np.ndarray | None]:
         scales = np.zeros_like(scales)
     if vector.offset == "none":
         return scales, None
-    factors = (noise[1] % 3 - 1).astype(np.float32)[:, : n_rows if vector.offset == "row" else 1]
-    return scales, 8 * scales.astype(np.float32) * factors
+    n_offsets = n_rows if vector.offset == "row" else 1
+    factors = (noise[1] % 3 - 1).astype(np.float32)[:, :n_offsets]
+    return scales, 8 * scales[:, :n_offsets].astype(np.float32) * factors
 
 
 def make_payload(vector: Vector, codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None) -> bytes:
     """The tensor as it stands in a GGUF."""
-    if vector.classes is None:
-        return codec.encode(vector.kind, codes, scales, offsets, tile_cols=vector.tile_cols).payload.tobytes()
+    if vector.code is None:
+        return codec.encode(vector.kind, codes, scales, offsets, name=vector.name, tile_cols=vector.tile_cols).payload.tobytes()
     assert vector.tile_cols is not None and codes.ndim == 2
     kind = 1 if vector.kind is EQ8 else 2
-    return encode_slab(codes, kind, scales[0], None if offsets is None else offsets[0], vector.tile_cols, vector.classes)
+    offsets = None if offsets is None else offsets[None]
+    return encode_tensor(codes[None], kind, scales, offsets, name=vector.name, code=vector.code, tile_cols=vector.tile_cols)
+
+
+def parameters(slab: bytes) -> dict:
+    """Of the code of a slab, for the index."""
+    code = parse_code(slab[96:112])
+    return {"raw_bits": code.raw_bits, "bin_bits": code.bin_bits, "tail": code.tail, "base": code.base, "class_base": list(code.class_base)}
 
 
 def write(folder: Path) -> None:
@@ -136,6 +173,8 @@ def write(folder: Path) -> None:
         codes, (scales, offsets) = make_codes(vector), make_grid(vector)
         payload = make_payload(vector, codes, scales, offsets)
         slab_size = struct.unpack_from("<Q", payload, 16)[0]
+        slabs = [payload[at : at + slab_size] for at in range(0, len(payload), slab_size)]
+        device = codec.to_lanes(vector.kind, np.frombuffer(payload, np.uint8), vector.shape, vector.name)
         index.append(
             {
                 "name": vector.name,
@@ -144,9 +183,11 @@ def write(folder: Path) -> None:
                 "scales": scales.astype("<f2").tobytes().hex(),
                 "offsets": None if offsets is None else offsets.astype("<f4").tobytes().hex(),
                 "tile_cols": vector.tile_cols,
-                "encoder": "codec" if vector.classes is None else "reference",
+                "encoder": "codec" if vector.code is None else "reference",
                 "sha256": hashlib.sha256(payload).hexdigest(),
-                "xxh64": [payload[at + 8 : at + 16][::-1].hex() for at in range(0, len(payload), slab_size)],
+                "xxh64": [slab[8:16][::-1].hex() for slab in slabs],
+                "codes": [parameters(slab) for slab in slabs],
+                "lanes_sha256": hashlib.sha256(device.tobytes()).hexdigest(),
             }
         )
         (folder / f"{vector.name}.payload").write_bytes(payload)

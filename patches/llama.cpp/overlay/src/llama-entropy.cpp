@@ -2,17 +2,16 @@
 //
 // Entropy-coded tensors in the model loader; see llama-entropy.h for the whole picture.
 //
-// Order of this file: refusals, the switch and the rule, decoding, loading.
+// Order of this file: refusals, the switch and the rule, loading. The work with the codec, by all threads, is in llama-entropy-codec.cpp.
 //
-// Decoding is cut into chunks of whole row groups of one slab, about CHUNK_WEIGHTS weights each, which threads take from a counter: row
-// groups are independent, and a slab of a small expert may have fewer of them than there are threads. It writes into the tensor where
-// its buffer is host memory; otherwise into a temporary and then once into the tensor, because buffers that repack (CPU_REPACK)
-// or slice (tensor parallelism) want a whole tensor in one call.
+// Decoding writes into the tensor where its buffer is host memory; otherwise into a temporary and then once into the tensor, because buffers
+// that repack (CPU_REPACK) or slice (tensor parallelism) want a whole tensor in one call.
 //
-// Limits: a mapped file that another process rewrites is read twice (validated, then decoded). In fused mode it is read for as long as
-// the model lives, and kernels trust the index that was validated: rewriting the file under a running model can crash it.
+// A mapped file may be rewritten while it is loaded. Headers are therefore taken by value when they are validated (ggml_entropy_view),
+// compared with what the survey saw, and not read again.
 
 #include "llama-entropy.h"
+#include "llama-entropy-codec.h"
 
 #include "llama-impl.h"
 #include "llama-mmap.h"
@@ -20,16 +19,13 @@
 
 #include "ggml-backend.h"
 #include "../ggml/src/ggml-backend-entropy.h"
+#include "../ggml/src/ggml-entropy-lanes.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <memory>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #if defined(__linux__)
@@ -37,17 +33,31 @@
 #include <unistd.h>
 #endif
 
-// Decoding takes about a nanosecond per weight, so a chunk is some 0.1 ms: far more than taking it costs, and starting a thread for
-// every THREAD_WEIGHTS is worth its 20 microseconds.
-static constexpr int64_t CHUNK_WEIGHTS  = 128*1024;
-static constexpr int64_t THREAD_WEIGHTS = 256*1024;
-
 static constexpr const char * ENV_MODE   = "GGML_ENTROPY_MODE";
 static constexpr const char * ENV_MEMORY = "GGML_ENTROPY_MEMORY_MIB";
 static constexpr const char * KEY_MODE = "entropy.mode";
 
-bool llama_entropy_is_decoded(const ggml_tensor * src, const ggml_tensor * dst) {
-    return src != nullptr && ggml_entropy_is_type(src->type) && !ggml_entropy_is_type(dst->type);
+// The device that computes on tensors in such buffers: the CPU on its own ones and on the host buffers of others.
+static ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+    if (device == nullptr || buft == ggml_backend_dev_host_buffer_type(device)) {
+        return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+    return device;
+}
+
+bool llama_entropy_has_device_layout(ggml_backend_buffer_type_t buft) {
+    return ggml_backend_dev_type(device_of(buft)) != GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+// A tensor without a buffer is to be mapped.
+static bool has_device_layout(const ggml_tensor * dst) {
+    return ggml_entropy_is_type(dst->type) && dst->buffer != nullptr
+        && llama_entropy_has_device_layout(ggml_backend_buffer_get_type(dst->buffer));
+}
+
+bool llama_entropy_is_converted(const ggml_tensor * src, const ggml_tensor * dst) {
+    return src != nullptr && ggml_entropy_is_type(src->type) && (!ggml_entropy_is_type(dst->type) || has_device_layout(dst));
 }
 
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why) {
@@ -65,33 +75,50 @@ void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target) 
     }
 }
 
-bool llama_entropy_to_float(ggml_type type, const void * data, size_t n_bytes, float * out) {
-    if (!ggml_entropy_is_type(type)) {
+// A slab in the device layout as floats.
+static void lanes_to_float(const ggml_tensor * tensor, const uint8_t * slab, float * out) {
+    std::vector<int8_t> codes(tensor->ne[0]);
+    for (int64_t row = 0; row < tensor->ne[1]; row++) {
+        float scale;
+        float offset;
+        ggml_entropy_lanes_row_grid(slab, row, &scale, &offset);
+        ggml_entropy_lanes_decode_row(slab, row, codes.data());
+        for (const int8_t q : codes) {
+            *out++ = scale*q + offset;
+        }
+    }
+}
+
+bool llama_entropy_to_float(const ggml_tensor * tensor, const void * data, float * out) {
+    if (!ggml_entropy_is_type(tensor->type)) {
         return false;
     }
-    const auto decoder = std::make_unique<ggml_entropy_decoder>();
-    ggml_entropy_view view;
-    for (size_t at = 0; at < n_bytes; at += view.header->slab_size) {
-        if (ggml_entropy_open((const uint8_t *) data + at, n_bytes - at, &view) != GGML_ENTROPY_OK) {
-            return false;
+    for (int64_t i = 0; i < tensor->ne[2]; i++, out += tensor->ne[0]*tensor->ne[1]) {
+        const auto * slab = (const uint8_t *) data + i*tensor->nb[2];
+        if (has_device_layout(tensor)) {
+            lanes_to_float(tensor, slab, out);
+            continue;
         }
-        ggml_entropy_decoder_open(decoder.get(), &view);
-        const int64_t n_cols = view.header->n_cols;
-        for (int64_t group = 0; group < view.n_groups; group++) {
-            const int n_lanes = (int) std::min<int64_t>(GGML_ENTROPY_LANES, view.header->n_rows - group*GGML_ENTROPY_LANES);
-            for (int64_t slice = 0; slice < view.n_slices; slice++) {
-                ggml_entropy_decoder_lanes(decoder.get(), group, slice, 0, n_lanes);
-                ggml_entropy_decoder_rows(decoder.get(), group, slice, 0, n_lanes, GGML_TYPE_F32, out, n_cols*sizeof(float));
-            }
-            out += n_lanes*n_cols;
+        ggml_entropy_view view;
+        if (ggml_entropy_open(slab, tensor->nb[2], &view) != GGML_ENTROPY_OK
+                || view.header.n_cols != tensor->ne[0] || view.header.n_rows != tensor->ne[1]
+                || ggml_entropy_decode_groups_plain(&view, 0, view.n_groups, GGML_TYPE_F32, out) != GGML_ENTROPY_OK) {
+            GGML_ABORT("tensor '%s' cannot be decoded; its file changed after the model was loaded, or memory is short", ggml_get_name(tensor));
         }
     }
     return true;
 }
 
 [[noreturn]] static void throw_damaged(const ggml_tensor * tensor, ggml_entropy_status status) {
-    throw std::runtime_error(format("tensor '%s' of type %s: %s: run `entrollm verify FILE`; convert or download the file again",
-        ggml_get_name(tensor), ggml_type_name(tensor->type), ggml_entropy_status_str(status)));
+    // the reason of an old file names the remedy itself
+    const char * remedy = status == GGML_ENTROPY_OLD_VERSION ? "" : ": run `entrollm verify FILE`; convert or download the file again";
+    throw std::runtime_error(format("tensor '%s' of type %s: %s%s",
+        ggml_get_name(tensor), ggml_type_name(tensor->type), ggml_entropy_status_str(status), remedy));
+}
+
+[[noreturn]] static void throw_changed(const ggml_tensor * tensor) {
+    throw std::runtime_error(format("tensor '%s' of type %s: the file was changed while it was loaded: load it again",
+        ggml_get_name(tensor), ggml_type_name(tensor->type)));
 }
 
 // ---- the switch and the rule -------------------------------------------------------------------------------------------------------
@@ -182,7 +209,7 @@ static size_t memory_limit() {
     return limit;
 }
 
-// Once, before the first tensor: the switch, the plain type of every entropy-coded tensor of the file, and whether all would fit.
+// Once, before the first tensor: the switch, a header of every entropy-coded tensor of the file, and whether all would fit if decoded.
 void llama_entropy::survey(const llama_model_loader & ml) {
     read_mode(ml);
     size_t n_plain = 0; // bytes of the decoded model
@@ -197,16 +224,15 @@ void llama_entropy::survey(const llama_model_loader & ml) {
         llama_file & file = *ml.files.at(weight.idx);
         file.seek(weight.offs, SEEK_SET);
         file.read_raw(&raw, sizeof(raw));
-        ggml_entropy_status status = ggml_entropy_check_header(tensor->type, tensor->ne, &raw, &header);
-        if (status == GGML_ENTROPY_OK && header.slab_size != tensor->nb[2]) {
-            status = GGML_ENTROPY_BAD_LAYOUT; // the file is not the one that gguf.cpp has read
-        }
+        const ggml_entropy_status status = ggml_entropy_check_header(tensor->type, tensor->ne, &raw, &header);
         if (status != GGML_ENTROPY_OK) {
             throw_damaged(tensor, status);
         }
-        const ggml_type plain = ggml_entropy_plain_type(&header);
-        plain_types[name] = plain;
-        n_plain += ggml_row_size(plain, tensor->ne[0])*tensor->ne[1]*tensor->ne[2];
+        if (header.slab_size != tensor->nb[2]) {
+            throw_changed(tensor); // it is not the file that gguf.cpp has read
+        }
+        headers[name] = header;
+        n_plain += ggml_row_size(ggml_entropy_plain_type(&header), tensor->ne[0])*tensor->ne[1]*tensor->ne[2];
     }
     // a fifth is left for the KV cache, compute buffers and the system
     const size_t limit = memory_limit();
@@ -226,7 +252,7 @@ bool llama_entropy::set_plain_type(const llama_model_loader & ml, bool reshape, 
     if (!surveyed) {
         survey(ml);
     }
-    tensor->type  = plain_types.at(ggml_get_name(tensor));
+    tensor->type  = ggml_entropy_plain_type(&headers.at(ggml_get_name(tensor)));
     tensor->nb[0] = ggml_type_size(tensor->type);
     tensor->nb[1] = ggml_row_size(tensor->type, tensor->ne[0]); // ne[0] is a multiple of 32, as are all block sizes here
     tensor->nb[2] = tensor->nb[1]*tensor->ne[1];
@@ -234,20 +260,20 @@ bool llama_entropy::set_plain_type(const llama_model_loader & ml, bool reshape, 
     return true;
 }
 
-// The device that computes on tensors in such buffers: the CPU on its own ones and on the host buffers of others.
-static ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
-    ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
-    if (device == nullptr || buft == ggml_backend_dev_host_buffer_type(device)) {
-        return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    }
-    return device;
+// A lane has at most 15 bits a symbol. More than this in the device layout is not what an encoder made, and would reserve memory for nothing.
+static uint64_t max_device_size(const ggml_entropy_header & h) {
+    const uint64_t n_rows   = h.n_rows;
+    const uint64_t n_groups = (n_rows + GGML_ENTROPY_LANES - 1)/GGML_ENTROPY_LANES;
+    const uint64_t n_tiles  = n_groups*((h.n_cols + h.tile_cols - 1)/h.tile_cols);
+    // header, table and alignment of sections; scales and offsets; of a tile its offset, its lane lengths and what fills up words and its end
+    return 4096 + 6*n_rows + n_tiles*(4 + GGML_ENTROPY_LANES + 4*GGML_ENTROPY_LANES + 12) + 2*n_rows*h.n_cols;
 }
 
 // The rule. It may look at the type, the buffer type and the settings, and at nothing else, above all not at the load mode or at free
 // memory: the memory-fit pass, which allocates nothing and maps nothing, must come to the same answer.
 bool llama_entropy::stays_coded(
         const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
-        const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft) {
+        const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft, ggml_tensor * meta) {
     ggml_backend_dev_t device = device_of(*buft);
     const bool is_cpu = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
 
@@ -263,85 +289,65 @@ bool llama_entropy::stays_coded(
         return false;
     }
     // the payload may need another buffer type, for example because the plain type would be repacked; but it does not change the device
-    ggml_tensor meta = *coded;
+    ggml_tensor there = *coded;
     ggml_backend_buffer_type_t coded_buft = nullptr;
     try {
-        coded_buft = choose_buft(&meta);
+        coded_buft = choose_buft(&there);
     } catch (const std::runtime_error &) {
         return false; // no device computes this op on it
     }
     if (coded_buft == nullptr || device_of(coded_buft) != device || (is_cpu && !ggml_backend_buft_is_host(coded_buft))) {
         return false;
     }
+    if (llama_entropy_has_device_layout(coded_buft)) {
+        const ggml_entropy_header & header = headers.at(ggml_get_name(coded));
+        if (header.device_size > max_device_size(header)) {
+            throw_damaged(coded, GGML_ENTROPY_BAD_LAYOUT);
+        }
+        there.nb[2] = header.device_size;
+        there.nb[3] = header.device_size*there.ne[2];
+    }
     *buft = coded_buft;
+    *meta = there;
     if (std::find(fused.devices.begin(), fused.devices.end(), device) == fused.devices.end()) {
         fused.devices.push_back(device);
     }
     return true;
 }
 
-// ---- decoding ----------------------------------------------------------------------------------------------------------------------
+// ---- loading -----------------------------------------------------------------------------------------------------------------------
 
-// Decode the validated payload of src into rows of type plain, or verify it (dst is nullptr), with several threads. Returns their number.
-static int decode_slabs(const ggml_tensor * src, const uint8_t * data, ggml_type plain, uint8_t * dst, bool verify, ggml_entropy_status * result) {
-    const int64_t n_cols  = src->ne[0];
-    const int64_t n_rows  = src->ne[1];
-    const int64_t n_slabs = src->ne[2];
-    const size_t  slab    = src->nb[2];
+static bool is_as_surveyed(const ggml_entropy_header & a, const ggml_entropy_header & b) {
+    return memcmp(a.magic, b.magic, sizeof(a.magic)) == 0 && a.version == b.version && a.kind == b.kind && a.slab_size == b.slab_size
+        && a.n_cols == b.n_cols && a.n_rows == b.n_rows && a.n_slabs == b.n_slabs && a.scale_mode == b.scale_mode
+        && a.offset_mode == b.offset_mode && a.tile_cols == b.tile_cols && a.device_size == b.device_size;
+}
 
-    const size_t  row_size = dst == nullptr ? 0 : ggml_row_size(plain, n_cols);
-    const int64_t n_groups = (n_rows + GGML_ENTROPY_LANES - 1)/GGML_ENTROPY_LANES;
-    const int64_t step     = std::max<int64_t>(1, CHUNK_WEIGHTS/(GGML_ENTROPY_LANES*n_cols)); // row groups of a chunk
-    const int64_t n_steps  = (n_groups + step - 1)/step;                                      // chunks of a slab
-    const int64_t n_chunks = n_steps*n_slabs;
-
-    std::atomic<int64_t> next{0};
-    std::atomic<int>     first_bad{GGML_ENTROPY_OK};
-
-    const auto work = [&]() {
-        for (int64_t chunk = next++; chunk < n_chunks && first_bad == GGML_ENTROPY_OK; chunk = next++) {
-            const int64_t i_slab = chunk/n_steps;
-            const int64_t group0 = chunk%n_steps*step;
-            const int64_t group1 = std::min(group0 + step, n_groups);
-
-            ggml_entropy_view view;
-            ggml_entropy_status status = ggml_entropy_open(data + i_slab*slab, slab, &view);
-            if (verify && group0 == 0 && status == GGML_ENTROPY_OK) {
-                status = ggml_entropy_verify_hash(&view);
-                if (status == GGML_ENTROPY_OK) {
-                    status = ggml_entropy_verify_padding(&view);
-                }
-            }
-            if (verify && status == GGML_ENTROPY_OK) {
-                status = ggml_entropy_verify_groups(&view, group0, group1);
-            }
-            if (dst != nullptr && status == GGML_ENTROPY_OK) {
-                status = ggml_entropy_decode_groups_plain(&view, group0, group1, dst + (i_slab*n_rows + group0*GGML_ENTROPY_LANES)*row_size);
-            }
-            if (status != GGML_ENTROPY_OK) {
-                first_bad = status;
-            }
-        }
-    };
-
-    const int64_t n_useful = std::min(n_chunks, n_cols*n_rows*n_slabs/THREAD_WEIGHTS + 1);
-    const int64_t n_wanted = std::min<int64_t>(n_useful, std::max(1u, std::thread::hardware_concurrency()));
-
-    std::vector<std::thread> workers;
-    workers.reserve(n_wanted);
-    for (int64_t i = 1; i < n_wanted; i++) {
-        try {
-            workers.emplace_back(work);
-        } catch (const std::system_error &) {
-            break; // no more threads to be had: go on with fewer
+// Views of all slabs of a payload, after everything that a decoder relies on was checked; with check also hashes, unused bytes, every code.
+llama_entropy_slabs llama_entropy::validate(const ggml_tensor * src, const uint8_t * data, bool check) const {
+    const ggml_entropy_header & surveyed_header = headers.at(ggml_get_name(src));
+    ggml_entropy_header header;
+    memcpy(&header, data, sizeof(header));
+    if (!is_as_surveyed(header, surveyed_header)) {
+        throw_changed(src);
+    }
+    ggml_entropy_status status = ggml_entropy_validate(src->type, src->ne, data, ggml_nbytes(src));
+    if (status != GGML_ENTROPY_OK) {
+        throw_damaged(src, status);
+    }
+    llama_entropy_slabs slabs(src->ne[2]);
+    for (int64_t i = 0; i < src->ne[2]; i++) {
+        // the header in the view is the one that counts from here on: if it was valid and is not now, or says something else, somebody writes
+        status = ggml_entropy_open(data + i*src->nb[2], src->nb[2], &slabs[i]);
+        if (status != GGML_ENTROPY_OK || !is_as_surveyed(slabs[i].header, surveyed_header)) {
+            throw_changed(src);
         }
     }
-    work();
-    for (auto & worker : workers) {
-        worker.join();
+    status = check ? llama_entropy_verify_slabs(slabs, data, src->nb[2], ggml_get_name(src)) : GGML_ENTROPY_OK;
+    if (status != GGML_ENTROPY_OK) {
+        throw_damaged(src, status);
     }
-    *result = (ggml_entropy_status) first_bad.load();
-    return (int) workers.size() + 1;
+    return slabs;
 }
 
 // A decoded payload is needed no more, or only once more (tied embeddings), but its mapping stays until the model is freed. Take its
@@ -360,22 +366,56 @@ static void drop_pages(const uint8_t * data, size_t n_bytes) {
 #endif
 }
 
-// ---- loading -----------------------------------------------------------------------------------------------------------------------
+// The payload as a decoder wants it, at a multiple of 8: where it is mapped, or read into buf.
+static const uint8_t * bring_payload(
+        const ggml_tensor * src, const uint8_t * mapped, llama_file & file, size_t offs, std::vector<no_init<uint8_t>> & buf) {
+    if (mapped != nullptr && (uintptr_t) mapped % 8 == 0) {
+        return mapped;
+    }
+    buf.resize(ggml_nbytes(src));
+    if (mapped != nullptr) {
+        memcpy((void *) buf.data(), mapped, buf.size()); // general.alignment below 8, or a GGUF inside another file
+    } else {
+        file.seek(offs, SEEK_SET);
+        file.read_raw(buf.data(), buf.size());
+    }
+    return (const uint8_t *) buf.data();
+}
 
-// Headers, tables and index of all slabs; with check also hash, padding and every code.
-static ggml_entropy_status validate(const ggml_tensor * src, const uint8_t * coded, bool check) {
-    ggml_entropy_status status = ggml_entropy_validate(src->type, src->ne, coded, ggml_nbytes(src));
-    if (status == GGML_ENTROPY_OK) {
-        ggml_entropy_header header;
-        status = ggml_entropy_check_header(src->type, src->ne, coded, &header);
-        if (status == GGML_ENTROPY_OK && header.slab_size != src->nb[2]) {
-            status = GGML_ENTROPY_BAD_MODE; // the file changed since survey
+// Hand the slabs of src to sink(coded, slab0, bytes) in the device layout, some at a time: coded has type, shape and strides of those in
+// hand, the first of which is slab0. Ends early if sink returns false, or if one cannot be made: see lanes.
+static bool each_lanes(
+        const ggml_tensor * src, const llama_entropy_slabs & slabs, llama_entropy_lanes * lanes,
+        const std::function<bool(const ggml_tensor & coded, int64_t slab0, const uint8_t * bytes)> & sink) {
+    const size_t  device_size = slabs[0].header.device_size;
+    const int64_t n_slabs     = (int64_t) slabs.size();
+    const int64_t n_batch     = lanes->batch(slabs);
+    std::vector<no_init<uint8_t>> buf(n_batch*device_size);
+    for (int64_t slab0 = 0; slab0 < n_slabs; slab0 += n_batch) {
+        const int64_t slab1 = std::min(slab0 + n_batch, n_slabs);
+        if (!lanes->make(slabs, slab0, slab1, (uint8_t *) buf.data())) {
+            return false;
+        }
+        ggml_tensor coded = *src;
+        coded.ne[2] = slab1 - slab0;
+        coded.nb[2] = device_size;
+        coded.nb[3] = device_size*coded.ne[2];
+        if (!sink(coded, slab0, (const uint8_t *) buf.data())) {
+            return false;
         }
     }
-    if (status == GGML_ENTROPY_OK && check) {
-        decode_slabs(src, coded, GGML_TYPE_COUNT, nullptr, true, &status);
+    return true;
+}
+
+[[noreturn]] static void throw_no_lanes(const ggml_tensor * src, const llama_entropy_lanes & lanes, size_t device_size) {
+    if (lanes.status != GGML_ENTROPY_OK) {
+        throw_damaged(src, lanes.status);
     }
-    return status;
+    const std::string needs = lanes.needed == 0 ? "has lanes that are too long" : format("needs %zu bytes", lanes.needed);
+    throw std::runtime_error(format(
+        "tensor '%s' of type %s: matrix %lld %s in the layout of the device, for which its header promises %zu bytes: "
+        "convert the file again, or use mode load",
+        ggml_get_name(src), ggml_type_name(src->type), (long long) lanes.misfit, needs.c_str(), device_size));
 }
 
 bool llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
@@ -390,66 +430,77 @@ bool llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
 }
 
 bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
-    const size_t n_coded = ggml_nbytes(src);
     std::vector<no_init<uint8_t>> staged;
-    const uint8_t * coded = mapped;
-    if (coded == nullptr) {
-        uint8_t * to = (uint8_t *) dst->data;
-        if (!ggml_backend_buffer_is_host(dst->buffer)) {
-            staged.resize(n_coded);
-            to = (uint8_t *) staged.data();
+    bool done = true;
+    if (has_device_layout(dst)) {
+        const uint8_t * coded = bring_payload(src, mapped, file, offs, staged);
+        const llama_entropy_slabs slabs = validate(src, coded, check);
+        llama_entropy_lanes lanes;
+        const auto upload = [&](const ggml_tensor & part, int64_t slab0, const uint8_t * bytes) {
+            ggml_backend_tensor_set(dst, bytes, slab0*part.nb[2], part.nb[3]);
+            return true;
+        };
+        if (!each_lanes(src, slabs, &lanes, upload)) {
+            throw_no_lanes(src, lanes, dst->nb[2]);
         }
+        if (mapped != nullptr) {
+            drop_pages(mapped, ggml_nbytes(src));
+        }
+    } else if (mapped != nullptr) {
+        validate(src, mapped, check);
+        done = false;
+    } else {
+        const bool is_host = ggml_backend_buffer_is_host(dst->buffer);
+        if (!is_host) {
+            staged.resize(ggml_nbytes(src));
+        }
+        uint8_t * to = is_host ? (uint8_t *) dst->data : (uint8_t *) staged.data();
         file.seek(offs, SEEK_SET);
-        file.read_raw(to, n_coded);
-        coded = to;
-    }
-    const ggml_entropy_status status = validate(src, coded, check);
-    if (status != GGML_ENTROPY_OK) {
-        throw_damaged(src, status);
-    }
-    if (!staged.empty()) {
-        ggml_backend_tensor_set(dst, coded, 0, n_coded);
+        file.read_raw(to, ggml_nbytes(src));
+        validate(src, to, check);
+        if (!is_host) {
+            ggml_backend_tensor_set(dst, to, 0, ggml_nbytes(src));
+        }
     }
     fused.n_tensors++;
-    fused.n_coded += n_coded;
-    return mapped == nullptr;
+    fused.n_coded += ggml_nbytes(dst);
+    return done;
+}
+
+// Let the device of dst decode, so that few bytes cross the bus. False if it does not, or if the device layout does not fit: then the host
+// decodes.
+static bool decode_on_device(
+        const ggml_tensor * src, const llama_entropy_slabs & slabs, const ggml_tensor * dst, llama_entropy_lanes * lanes) {
+    if (slabs[0].header.device_size > max_device_size(slabs[0].header) || !ggml_backend_entropy_dev_decode(src, nullptr, dst)) {
+        return false;
+    }
+    return each_lanes(src, slabs, lanes, [&](const ggml_tensor & coded, int64_t slab0, const uint8_t * bytes) {
+        ggml_tensor part = *dst;
+        part.ne[2] = coded.ne[2];
+        part.nb[3] = part.nb[2]*part.ne[2];
+        part.data  = (uint8_t *) dst->data + slab0*dst->nb[2];
+        return ggml_backend_entropy_dev_decode(&coded, bytes, &part);
+    });
 }
 
 void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
     const int64_t t_start = ggml_time_us();
-    const size_t  n_coded = ggml_nbytes(src);
     const size_t  n_plain = ggml_nbytes(dst);
 
-    std::vector<no_init<uint8_t>> coded_buf;
-    const uint8_t * coded = mapped;
-    if (coded == nullptr) {
-        coded_buf.resize(n_coded);
-        file.seek(offs, SEEK_SET);
-        file.read_raw(coded_buf.data(), n_coded);
-        coded = (const uint8_t *) coded_buf.data();
-    } else if ((uintptr_t) coded % 8 != 0) {
-        // general.alignment below 8, or a GGUF inside another file; the codec wants 8
-        coded_buf.resize(n_coded);
-        memcpy((void *) coded_buf.data(), coded, n_coded);
-        coded = (const uint8_t *) coded_buf.data();
-    }
+    std::vector<no_init<uint8_t>> staged;
+    const uint8_t * coded = bring_payload(src, mapped, file, offs, staged);
+    const llama_entropy_slabs slabs = validate(src, coded, check);
 
-    ggml_entropy_status status = validate(src, coded, check);
-    if (status == GGML_ENTROPY_OK && ggml_entropy_plain_type((const ggml_entropy_header *) coded) != dst->type) {
-        status = GGML_ENTROPY_BAD_MODE; // the file changed since survey
-    }
-    if (status != GGML_ENTROPY_OK) {
-        throw_damaged(src, status);
-    }
-
+    llama_entropy_lanes lanes;
     int n_threads = 0;
     const bool in_place = ggml_backend_buffer_is_host(dst->buffer);
-    // a device that can decodes by itself, so that the small payload crosses the bus; --check-tensors wants to see the weights
-    if (in_place || check || !ggml_backend_entropy_dev_decode(src, coded, dst)) {
+    // --check-tensors wants to see the weights
+    if (in_place || check || !decode_on_device(src, slabs, dst, &lanes)) {
         std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
         uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
 
-        n_threads = decode_slabs(src, coded, dst->type, plain, false, &status);
+        ggml_entropy_status status;
+        n_threads = llama_entropy_decode_slabs(slabs, dst->type, plain, &status);
         if (status == GGML_ENTROPY_OK && check && !ggml_validate_row_data(dst->type, plain, n_plain)) {
             status = GGML_ENTROPY_BAD_SCALE; // a weight of F16 may overflow
         }
@@ -460,15 +511,16 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
             ggml_backend_tensor_set(dst, plain, 0, n_plain);
         }
     } else {
+        n_threads = lanes.n_threads;
         decoded.n_on_device++;
     }
     if (mapped != nullptr) {
-        drop_pages(mapped, n_coded);
+        drop_pages(mapped, ggml_nbytes(src));
     }
 
     decoded.n_tensors++;
     decoded.n_threads = std::max(decoded.n_threads, n_threads);
-    decoded.n_coded  += n_coded;
+    decoded.n_coded  += ggml_nbytes(src);
     decoded.n_plain  += n_plain;
     decoded.seconds  += (ggml_time_us() - t_start)/1e6;
 }

@@ -3,13 +3,15 @@
 // Entropy-coded tensors (EQ8, EQ4) in the model loader.
 //
 // A tensor can live in memory in two ways. Load mode: validated and decoded once, while the model is loaded, into the stock type that
-// holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: the payload stays as it is, mapped
-// from the file if the model is, and the device's kernels decode it. llama_entropy::stays_coded is the one place that decides.
+// holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: it stays coded, and kernels decode
+// it; on the CPU as it is in the file, mapped if the model is; on another device in the device layout (ggml-entropy-lanes.h), which is made
+// while the tensor is uploaded. llama_entropy::stays_coded is the one place that decides.
 //
 // How it hangs together: create_tensor first asks set_plain_type, which turns the tensor's meta data into the plain type, chooses a buffer type
-// for that, and then asks stays_coded whether to go back to the coded type. Tensors to be decoded go into contexts of their own, which are never
-// mapped (ctx_key::decoded). load_all_data calls load for both kinds.
-// Progress and totals count bytes of the file throughout; only the buffers know the decoded size.
+// for that, and then asks stays_coded whether to go back to the coded type. Tensors whose bytes in memory are others than in the file
+// go into contexts of their own, which are never mapped (ctx_key::converted). load_all_data calls load for all.
+// Progress and totals count bytes of the file throughout; only the buffers know the size in memory. Both sizes stand in the headers, so
+// that buffers are planned without reading the codes.
 //
 // A file is hostile until ggml_entropy_validate has seen it: load calls it for every tensor, whatever --check-tensors says.
 
@@ -18,6 +20,7 @@
 #include "llama.h"
 
 #include "ggml-backend.h"
+#include "../ggml/src/ggml-entropy.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -29,8 +32,11 @@
 struct llama_file;
 struct llama_model_loader;
 
-// Is dst, a tensor of the model, to be decoded from src, its weight in the file (may be nullptr)?
-bool llama_entropy_is_decoded(const ggml_tensor * src, const ggml_tensor * dst);
+// Do buffers of this type hold entropy-coded tensors in the device layout?
+bool llama_entropy_has_device_layout(ggml_backend_buffer_type_t buft);
+
+// Is dst, a tensor of the model, made from src, its weight in the file (may be nullptr): decoded, or brought into the device layout?
+bool llama_entropy_is_converted(const ggml_tensor * src, const ggml_tensor * dst);
 
 // Throws one clear line if tensor is entropy-coded. For the places that would read its bytes as something else.
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
@@ -38,8 +44,8 @@ void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
 // The same for llama-quantize, which can neither read nor write these types.
 void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target);
 
-// All weights of a validated payload as floats, row by row. False if type is not entropy-coded.
-bool llama_entropy_to_float(ggml_type type, const void * data, size_t n_bytes, float * out);
+// All weights of a tensor that was loaded as floats, row by row; data: a copy of its bytes. False if its type is not entropy-coded.
+bool llama_entropy_to_float(const ggml_tensor * tensor, const void * data, float * out);
 
 struct llama_entropy {
     // GGML_ENTROPY_MODE in the environment, or the metadata override entropy.mode, which wins.
@@ -50,15 +56,16 @@ struct llama_entropy {
     bool set_plain_type(const llama_model_loader & ml, bool reshape, ggml_tensor * tensor);
 
     // The rule (docs/runtime-modes.md). coded: the tensor as in the file; *buft: the buffer type that its plain type gets.
-    // If it is to stay coded, *buft becomes the buffer type for the payload, as choose_buft finds it. Throws if the switch asks for what the
-    // device cannot do.
+    // If it is to stay coded, *buft becomes the buffer type for it, as choose_buft finds it, and *meta the tensor as it will be there: as
+    // in the file, or with the strides of the device layout. Throws if the switch asks for what the device cannot do.
     bool stays_coded(
         const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
-        const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft);
+        const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft, ggml_tensor * meta);
 
-    // Bring the payload of src to dst if it is entropy-coded: validate it, then decode it if dst has the plain type. mapped: the payload
-    // in memory, or nullptr to read it from file at offs. check: also verify hash and bitstream. Throws with the tensor's name, the reason and the
-    // remedy. False if the caller has to go on: src is of a stock type, or mapped is valid and is to be mapped or copied to dst.
+    // Bring the payload of src to dst if it is entropy-coded: validate it, then decode it if dst has the plain type, or make the device
+    // layout if dst's buffer has that. mapped: the payload in memory, or nullptr to read it from file at offs. check: also verify hash and
+    // codes. Throws with the tensor's name, the reason and the remedy. False if the caller has to go on: src is of a stock type, or mapped
+    // is valid and is to be mapped or copied to dst.
     bool load(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
 
     // One line about what was decoded and one about what stayed, if anything.
@@ -70,7 +77,7 @@ private:
     std::string mode_origin;            // who chose it
     std::string auto_reason;            // why auto answers for the CPU as it does
     bool        fits        = true;     // would all tensors fit in the CPU's memory, decoded?
-    std::unordered_map<std::string, ggml_type> plain_types; // of the entropy-coded tensors of the file
+    std::unordered_map<std::string, ggml_entropy_header> headers; // of the first slab of each entropy-coded tensor of the file
 
     struct {
         int    n_tensors = 0;
@@ -83,12 +90,13 @@ private:
 
     struct {
         int    n_tensors = 0;
-        size_t n_coded   = 0;
+        size_t n_coded   = 0; // bytes in memory
         std::vector<ggml_backend_dev_t> devices; // that compute on them
     } fused;
 
     void survey(const llama_model_loader & ml);
     void read_mode(const llama_model_loader & ml);
+    std::vector<ggml_entropy_view> validate(const ggml_tensor * src, const uint8_t * data, bool check) const;
     bool load_coded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
     void load_decoded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check);
     std::string reason() const;

@@ -4,19 +4,31 @@
 //
 // A backend is compared with the CPU's reference implementation, which for these ops is the kernel level ref. The perf cases have the shapes of
 // upstream's own for MUL_MAT, so that a line here can be read beside one of Q8_0.
+//
+// The CPU reads weights in the layout of files, other devices in the device layout (ggml-entropy-lanes.h). A graph is built before it is known
+// where it will run, so build_graph gives the weights room for either; initialize_tensors sees the buffer, fills in the layout that belongs
+// there and sets the strides to what that takes. For the comparison test-backend-ops copies the tensors of the other backend to the CPU,
+// strides and bytes as they are, so that the CPU's reference implementation also reads the device layout.
 
 #pragma once
 
 #include "../ggml/src/ggml-entropy.h"
+#include "../ggml/src/ggml-entropy-lanes.h"
 
 #include <cmath>
 #include <random>
 
-// A valid payload of n_mats matrices with normally distributed codes.
-static std::vector<uint8_t> make_entropy_payload(ggml_type type, int64_t n_cols, int64_t n_rows, int64_t n_mats, bool offset) {
+// A weight of n_mats matrices with normally distributed codes, in both layouts.
+struct entropy_weight {
+    std::vector<uint8_t> planes;
+    std::vector<uint8_t> lanes;
+};
+
+static entropy_weight make_entropy_weight(ggml_type type, int64_t n_cols, int64_t n_rows, int64_t n_mats, bool offset) {
     std::mt19937 rng(42);
-    const bool    is_eq8   = type == GGML_TYPE_EQ8;
-    const int64_t n_groups = (n_rows + GGML_ENTROPY_LANES - 1)/GGML_ENTROPY_LANES;
+    const bool    is_eq8       = type == GGML_TYPE_EQ8;
+    const int64_t n_groups     = (n_rows + GGML_ENTROPY_GROUP_ROWS - 1)/GGML_ENTROPY_GROUP_ROWS;
+    const int64_t lanes_groups = (n_rows + GGML_ENTROPY_LANES - 1)/GGML_ENTROPY_LANES;
 
     std::vector<uint16_t> scales(n_rows);
     std::vector<float>    offsets(offset ? n_rows : 0);
@@ -33,19 +45,21 @@ static std::vector<uint8_t> make_entropy_payload(ggml_type type, int64_t n_cols,
     spec.n_cols    = n_cols;
     spec.n_rows    = n_rows;
     spec.n_slabs   = n_mats;
-    spec.tile_cols = ggml_entropy_default_tile_cols(n_rows, n_cols);
+    spec.tile_cols = ggml_entropy_lanes_default_tile_cols(n_rows, n_cols);
     spec.scales    = scales.data();
     spec.n_scales  = n_rows;
     spec.offsets   = offset ? offsets.data() : nullptr;
     spec.n_offsets = offset ? n_rows : 0;
 
     struct matrix {
-        std::vector<int8_t>  codes;
-        std::vector<uint8_t> lane_words;
-        ggml_entropy_plan    plan;
+        std::vector<int8_t>              codes;
+        std::vector<ggml_entropy_extent> extents;
+        ggml_entropy_plan                plan;
+        std::vector<uint8_t>             lane_words;
+        ggml_entropy_lanes_plan          lanes_plan;
     };
+    const auto ok = [](ggml_entropy_status status) { GGML_ASSERT(status == GGML_ENTROPY_OK); };
     std::vector<matrix> mats(n_mats);
-    size_t slab_size = 0;
     std::normal_distribution<float> normal(0.0f, is_eq8 ? 10.0f : 1.5f);
     const float low = is_eq8 ? -128.0f : -8.0f;
     for (matrix & mat : mats) {
@@ -53,24 +67,44 @@ static std::vector<uint8_t> make_entropy_payload(ggml_type type, int64_t n_cols,
         for (int8_t & q : mat.codes) {
             q = (int8_t) std::lround(std::min(std::max(normal(rng), low), -low - 1));
         }
+        const int8_t * q = mat.codes.data();
+
         uint64_t counts[256] = {};
         int64_t  max_words   = 0;
-        mat.lane_words.resize(n_groups*((n_cols + spec.tile_cols - 1)/spec.tile_cols)*GGML_ENTROPY_LANES);
-        GGML_ASSERT(ggml_entropy_count(type, n_rows, n_cols, mat.codes.data(), 0, n_groups, counts) == GGML_ENTROPY_OK);
-        GGML_ASSERT(ggml_entropy_plan_code(counts, &mat.plan) == GGML_ENTROPY_OK);
-        GGML_ASSERT(ggml_entropy_measure(type, n_rows, n_cols, mat.codes.data(), &mat.plan, spec.tile_cols, 0, n_groups,
-            mat.lane_words.data(), &max_words) == GGML_ENTROPY_OK && max_words <= GGML_ENTROPY_MAX_LANE_WORDS);
-        slab_size = std::max(slab_size, ggml_entropy_slab_size(&spec, mat.lane_words.data()));
+        mat.lane_words.resize(lanes_groups*((n_cols + spec.tile_cols - 1)/spec.tile_cols)*GGML_ENTROPY_LANES);
+        ok(ggml_entropy_lanes_count(type, n_rows, n_cols, q, 0, lanes_groups, counts));
+        ok(ggml_entropy_lanes_plan_code(counts, &mat.lanes_plan));
+        ok(ggml_entropy_lanes_measure(
+            type, n_rows, n_cols, q, &mat.lanes_plan, spec.tile_cols, 0, lanes_groups, mat.lane_words.data(), &max_words));
+        GGML_ASSERT(max_words <= GGML_ENTROPY_LANES_MAX_WORDS);
+        spec.device_size = std::max<uint64_t>(spec.device_size, ggml_entropy_lanes_size(&spec, mat.lane_words.data()));
+
+        uint64_t code_counts[256] = {};
+        mat.extents.resize(n_groups);
+        ok(ggml_entropy_count(type, n_rows, n_cols, q, 0, n_groups, code_counts));
+        ok(ggml_entropy_plan_code(code_counts, &mat.plan));
+        ok(ggml_entropy_measure(type, n_rows, n_cols, q, &mat.plan.code, 0, n_groups, mat.extents.data()));
+    }
+    size_t slab_size = 0;
+    for (const matrix & mat : mats) {
+        slab_size = std::max(slab_size, ggml_entropy_slab_size(&spec, &mat.plan.code, mat.extents.data()));
     }
 
-    std::vector<uint8_t> payload(slab_size*n_mats);
+    entropy_weight weight;
+    weight.planes.resize(n_mats*slab_size);
+    weight.lanes.resize(n_mats*spec.device_size);
     for (int64_t i = 0; i < n_mats; i++) {
-        uint8_t * slab = payload.data() + i*slab_size;
-        GGML_ASSERT(ggml_entropy_begin(&spec, &mats[i].plan, mats[i].lane_words.data(), slab, slab_size) == GGML_ENTROPY_OK);
-        GGML_ASSERT(ggml_entropy_encode_groups(&mats[i].plan, mats[i].codes.data(), 0, n_groups, slab) == GGML_ENTROPY_OK);
-        GGML_ASSERT(ggml_entropy_finish(slab) == GGML_ENTROPY_OK);
+        const matrix & mat = mats[i];
+        uint8_t * slab = weight.planes.data() + i*slab_size;
+        ok(ggml_entropy_begin(&spec, &mat.plan.code, mat.extents.data(), slab, slab_size));
+        ok(ggml_entropy_encode_groups(mat.codes.data(), 0, n_groups, slab));
+        ok(ggml_entropy_finish(slab, ggml_entropy_seed("w", i)));
+
+        uint8_t * lanes = weight.lanes.data() + i*spec.device_size;
+        ok(ggml_entropy_lanes_begin(&spec, &mat.lanes_plan, mat.lane_words.data(), lanes, spec.device_size));
+        ok(ggml_entropy_lanes_encode_groups(&mat.lanes_plan, mat.codes.data(), 0, lanes_groups, lanes));
     }
-    return payload;
+    return weight;
 }
 
 // GGML_OP_MUL_MAT, GGML_OP_MUL_MAT_ID or GGML_OP_GET_ROWS.
@@ -84,7 +118,7 @@ struct test_entropy : public test_case {
     const int64_t   n_used; // experts per token
     const bool      offset;
 
-    std::vector<uint8_t> payload;
+    entropy_weight weight;
 
     test_entropy(ggml_op op, ggml_type type_a, int64_t m, int64_t n, int64_t k, int64_t n_mats = 1, int64_t n_used = 0, bool offset = false)
         : op(op), type_a(type_a), m(m), n(n), k(k), n_mats(n_mats), n_used(n_used), offset(offset) {}
@@ -101,13 +135,17 @@ struct test_entropy : public test_case {
         return op == GGML_OP_GET_ROWS ? 0 : 2*m*n*k*std::max<int64_t>(1, op == GGML_OP_MUL_MAT_ID ? n_used : n_mats);
     }
 
+    void set_size(ggml_tensor * w, size_t n_bytes) const {
+        w->nb[2] = n_bytes/n_mats;
+        w->nb[3] = n_bytes;
+    }
+
     ggml_tensor * build_graph(ggml_context * ctx) override {
-        if (payload.empty()) {
-            payload = make_entropy_payload(type_a, k, m, n_mats, offset);
+        if (weight.planes.empty()) {
+            weight = make_entropy_weight(type_a, k, m, n_mats, offset);
         }
         ggml_tensor * w = ggml_new_tensor_3d(ctx, type_a, k, m, n_mats);
-        w->nb[2] = payload.size()/n_mats;
-        w->nb[3] = payload.size();
+        set_size(w, std::max(weight.planes.size(), weight.lanes.size()));
         ggml_set_name(w, "w");
         switch (op) {
             case GGML_OP_MUL_MAT:
@@ -123,6 +161,8 @@ struct test_entropy : public test_case {
         std::mt19937 rng(7);
         for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
             if (t->type == type_a) {
+                const std::vector<uint8_t> & payload = ggml_backend_buffer_is_host(t->buffer) ? weight.planes : weight.lanes;
+                set_size(t, payload.size());
                 ggml_backend_tensor_set(t, payload.data(), 0, payload.size());
             } else if (t->type == GGML_TYPE_I32) {
                 const int64_t n_choices = op == GGML_OP_MUL_MAT_ID ? n_mats : m;

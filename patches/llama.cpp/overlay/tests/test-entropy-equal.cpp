@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Load mode computes what the stock types compute: compare a GGUF with entropy-coded tensors with one that holds the same weights in the
-// stock types they decode to (`entrollm decode` makes it). And fused mode computes the same however the file is loaded.
+// stock types they decode to (`entrollm decode` makes it). And fused mode computes the same however the file is loaded, and nearly what the
+// stock types compute: MAX_NMSE bounds the difference, which comes from sums in another order and, with offsets, from finer activations.
 //
 //   test-entropy-equal [--fused] CODED.gguf PLAIN.gguf [MAX_NMSE]      --fused: that part only
 //
@@ -180,7 +181,7 @@ int main(int argc, char ** argv) {
     const loader from_path = [](const char * path, llama_model_params p) {
         return llama_model_load_from_file(path, p);
     };
-    check_fused(coded, plain, argc == 4 ? atof(argv[3]) : 0.0, from_path);
+    check_fused(coded, plain, argc == 4 ? atof(argv[3]) : 1e-4, from_path);
     if (fused_only) {
         llama_backend_free();
         printf("%d passed, %d failed\n", n_passed, n_failed);

@@ -1,207 +1,157 @@
 // SPDX-License-Identifier: MIT
 //
-// Writing entropy-coded tensors; see ggml-entropy.h for the contract and docs/format.md 7 for the advice it follows. Reading: ggml-entropy.c.
+// Writing entropy-coded tensors; see ggml-entropy.h for the contract and docs/format.md 5 and 7 for the bits. Reading: ggml-entropy.c.
 //
-// Order of this file: the code (class partition), then counting, measuring and writing.
+// Order of this file: the code (a search over all parameters), then counting, measuring and writing.
 
+#include "ggml-entropy-hash.h"
 #include "ggml-entropy-impl.h"
 
-#include <assert.h>
-#include <stdlib.h>
 #include <string.h>
 
-// ---- the code: class partition -----------------------------------------------------------------------------------------------------
+// ---- the code ----------------------------------------------------------------------------------------------------------------------
 
-// Exact joint optimum of intervals, prefix lengths and escape (docs/format.md 7). Dynamic programme over states (position, used), where used is
-// the Kraft budget spent so far in units of 2^-8: a class of prefix length p takes 256 >> p units. At each position one either skips a
-// symbol that never occurs, sends it through the escape, or opens a class (e, p) that covers the next 2^e symbols. One pass per prefix
-// length of the escape (and one without), since the escape's share of the budget is spent in advance.
-//
-// Costs are integers: the counts are scaled to a sum of at most 2^26, so that 15 bits a symbol stay below DP_INF and DP_INF + cost below 2^31.
-#define DP_SYMBOLS   256
-#define DP_BUDGET    256
-#define DP_STATES    (DP_BUDGET + 1)
-#define DP_MAX_TOTAL (1u << 26)
-#define DP_INF       (1 << 30)
+#define N_CODES 256
 
-#define DP_SKIP      1
-#define DP_ESCAPE    2
-#define DP_CLASS(e, p) (uint16_t) (4 | (p) << 4 | (e) << 8)
-#define DP_CLASS_P(step) ((step) >> 4 & 15)
-#define DP_CLASS_E(step) ((step) >> 8 & 15)
+// Bits behind the raw ones that name each class, and those of a far weight less its byte.
+static void tail_lengths(const struct ggml_entropy_tail * tail, int classes[GGML_ENTROPY_MAX_CLASSES], int * far) {
+    int n_bits = 0;
+    for (int digit = 0, c = 0; digit < tail->n_digits; digit++) {
+        n_bits += tail->width[digit];
+        for (int value = 0; value < (1 << tail->width[digit]) - 1; value++) {
+            classes[c++] = n_bits;
+        }
+    }
+    *far = n_bits;
+}
 
-struct code_class {
-    int base;
-    int e;
-    int p;
+// Sums of counts: those of the codes [from, to), by their number q + 128, which may lie outside of 0..256.
+static inline uint64_t sum_of(const uint64_t sums[N_CODES + 1], int from, int to) {
+    from = MAX(0, MIN(from, N_CODES));
+    to   = MAX(0, MIN(to,   N_CODES));
+    return to > from ? sums[to] - sums[from] : 0;
+}
+
+struct bin {
+    int      from; // number of its first code
+    uint64_t count;
 };
 
-struct dp_tables {
-    int32_t  cost[DP_SYMBOLS + 1][DP_STATES];
-    uint16_t step[DP_SYMBOLS + 1][DP_STATES];
-};
-
-// ggml-base is built for any processor of its kind; this one loop gains a factor of three from AVX2. Sanitizers run too late for ifuncs.
-#if defined(__GNUC__) && defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) \
-        && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define DP_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define DP_CLONES
-#endif
-
-// to[u + k] = min(to[u + k], from[u] + add), remembering the step. Branch-free, so that compilers vectorise it.
-// from and to are rows of different positions: they never overlap.
-DP_CLONES static void dp_relax(
-        const int32_t * restrict from, int k, int32_t add, uint16_t step, int32_t * restrict to, uint16_t * restrict to_step) {
-    to      += k;
-    to_step += k;
-    const int n = DP_STATES - k;
-    for (int u = 0; u < n; u++) {
-        const int32_t c = from[u] + add;
-        const bool better = c < to[u];
-        to[u]      = better ? c    : to[u];
-        to_step[u] = better ? step : to_step[u];
+// n bins beside the direct interval [from, to), n_above of them above: class 0 is the one right above, the others follow by count. Returns the
+// bits of their tails and, in *covered, what they count.
+static uint64_t place_bins(
+        const uint64_t sums[N_CODES + 1], int from, int to, int width, int n_above, int n, const int lengths[], struct bin bins[], uint64_t * covered) {
+    uint64_t n_bits = 0;
+    *covered = 0;
+    for (int i = 0; i < n; i++) {
+        const int at = i < n_above ? to + i * width : from - (i - n_above + 1) * width;
+        const struct bin b = { at, sum_of(sums, at, at + width) };
+        int j = i;
+        for (; j > 1 && bins[j - 1].count < b.count; j--) { // class 0 stays where it is
+            bins[j] = bins[j - 1];
+        }
+        bins[j] = b;
+        *covered += b.count;
     }
+    for (int i = 0; i < n; i++) {
+        n_bits += bins[i].count * (uint64_t) lengths[i];
+    }
+    return n_bits;
 }
 
-// Cheapest partition with an escape of prefix length escape_p (0: no escape). Returns its cost, DP_INF if there is none.
-static int32_t dp_run(const int32_t counts[DP_SYMBOLS], const int32_t sums[DP_SYMBOLS + 1], int escape_p, struct dp_tables * dp) {
-    for (int j = 0; j <= DP_SYMBOLS; j++) {
-        for (int u = 0; u < DP_STATES; u++) {
-            dp->cost[j][u] = DP_INF;
-        }
-    }
-    dp->cost[0][escape_p ? DP_BUDGET >> escape_p : 0] = 0;
-
-    for (int j = 0; j < DP_SYMBOLS; j++) {
-        const int32_t * from = dp->cost[j];
-        if (counts[j] == 0) {
-            dp_relax(from, 0, 0, DP_SKIP, dp->cost[j + 1], dp->step[j + 1]);
-        } else if (escape_p) {
-            dp_relax(from, 0, counts[j] * (escape_p + 8), DP_ESCAPE, dp->cost[j + 1], dp->step[j + 1]);
-        }
-        for (int e = 0; e <= 8 && j + (1 << e) <= DP_SYMBOLS; e++) {
-            const int     next  = j + (1 << e);
-            const int32_t count = sums[next] - sums[j];
-            if (count == 0) {
-                continue; // a class nobody uses
+static void assign_lengths(struct ggml_entropy_plan * plan, const uint64_t counts[N_CODES]) {
+    const struct ggml_entropy_code * code = &plan->code;
+    const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(code->tail);
+    int lengths[GGML_ENTROPY_MAX_CLASSES];
+    int far;
+    tail_lengths(tail, lengths, &far);
+    const int direct = direct_codes(code);
+    const int width  = 1 << code->bin_bits;
+    plan->n_bits = plan->n_tail = plan->n_far = 0;
+    for (int i = 0; i < N_CODES; i++) {
+        const int q = i - 128;
+        plan->length[i] = code->raw_bits;
+        if ((uint8_t) (q - code->base) >= direct) {
+            int c = 0;
+            while (c < tail->n_classes && (uint8_t) (q - code->class_base[c]) >= width) {
+                c++;
             }
-            for (int p = 0; p <= MAX_PREFIX; p++) {
-                const int t = p + e;
-                if (t >= 1 && t <= MAX_T) {
-                    dp_relax(from, DP_BUDGET >> p, count * t, DP_CLASS(e, p), dp->cost[next], dp->step[next]);
-                }
-            }
+            const bool is_far = c == tail->n_classes;
+            plan->length[i] = (uint8_t) (code->raw_bits + (is_far ? far + 8 : lengths[c]));
+            plan->n_tail   += counts[i];
+            plan->n_far    += is_far ? counts[i] : 0;
         }
+        plan->n_bits += counts[i] * plan->length[i];
     }
-    // a cheapest partition spends the whole budget: with some left, its longest prefix could be one bit shorter
-    return dp->cost[DP_SYMBOLS][DP_BUDGET];
-}
-
-// Walk back from the end. Returns the number of classes.
-static int dp_trace(const struct dp_tables * dp, int escape_p, struct code_class classes[DP_SYMBOLS + 1]) {
-    int n = 0;
-    int j = DP_SYMBOLS;
-    int u = DP_BUDGET;
-    while (j > 0) {
-        const uint16_t step = dp->step[j][u];
-        if (step == DP_SKIP || step == DP_ESCAPE) {
-            j--;
-            continue;
-        }
-        const int p = DP_CLASS_P(step);
-        const int e = DP_CLASS_E(step);
-        j -= 1 << e;
-        u -= DP_BUDGET >> p;
-        classes[n++] = (struct code_class) { j, e, p };
-    }
-    if (escape_p) {
-        classes[n++] = (struct code_class) { 0, 8, escape_p };
-    }
-    return n;
-}
-
-static int compare_classes(const void * va, const void * vb) {
-    const struct code_class * a = va;
-    const struct code_class * b = vb;
-    return a->p != b->p ? a->p - b->p : a->base != b->base ? a->base - b->base : a->e - b->e;
-}
-
-// Canonical prefixes, the expanded table, and the code of every symbol that some class covers.
-static void assign_codes(struct code_class * classes, int n_classes, struct ggml_entropy_plan * plan) {
-    qsort(classes, n_classes, sizeof(classes[0]), compare_classes);
-    int entry = 0; // first free entry of the table; prefixes are handed out in this order
-    for (int i = 0; i < n_classes; i++) {
-        const struct code_class c = classes[i];
-        const int t      = c.p + c.e;
-        const int run    = 256 >> c.p;
-        const int prefix = entry / run;
-        for (int j = 0; j < run; j++) {
-            plan->table[entry + j].t    = (uint8_t) t;
-            plan->table[entry + j].bias = (uint8_t) (c.base - (prefix << c.e));
-        }
-        for (int u = c.base; u < c.base + (1 << c.e); u++) {
-            if (plan->length[u] == 0 || t < plan->length[u]) {
-                plan->length[u] = (uint8_t)  t;
-                plan->code  [u] = (uint16_t) (prefix << c.e | (u - c.base));
-            }
-        }
-        entry += run;
-    }
-    assert(entry == 256);
 }
 
 enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], struct ggml_entropy_plan * plan) {
     memset(plan, 0, sizeof(*plan));
-    uint64_t total = 0;
-    for (int u = 0; u < 256; u++) {
-        total += counts[u];
+    uint64_t sums[N_CODES + 1] = { 0 };
+    int first = N_CODES;
+    int last  = -1;
+    for (int i = 0; i < N_CODES; i++) {
+        sums[i + 1] = sums[i] + counts[i];
+        if (counts[i] > 0) {
+            first = MIN(first, i);
+            last  = i;
+        }
     }
+    const uint64_t total = sums[N_CODES];
     if (total == 0) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
+    // bytes as they are: what every other code has to beat
+    struct ggml_entropy_code best = { 8, 0, 0, -128, { 0 }, { 0 } };
+    double best_cost = 8.0 * (double) total;
 
-    // scaled so that the sum, each count rounded up to 1, stays within DP_MAX_TOTAL
-    int32_t scaled[DP_SYMBOLS];
-    int32_t sums[DP_SYMBOLS + 1] = { 0 };
-    const double scale = total <= DP_MAX_TOTAL ? 1.0 : (DP_MAX_TOTAL - 256.0) / (double) total;
-    for (int u = 0; u < 256; u++) {
-        scaled[u]   = counts[u] == 0 ? 0 : MAX(1, (int32_t) ((double) counts[u] * scale));
-        sums[u + 1] = sums[u] + scaled[u];
-    }
-
-    struct dp_tables * dp = malloc(sizeof(*dp));
-    if (!dp) {
-        return GGML_ENTROPY_NO_MEMORY;
-    }
-    struct code_class best[DP_SYMBOLS + 1];
-    int     n_best    = 0;
-    int32_t best_cost = DP_INF;
-    for (int escape_p = 0; escape_p <= MAX_T - 8; escape_p++) {
-        const int32_t cost = dp_run(scaled, sums, escape_p, dp);
-        if (cost < best_cost) {
-            best_cost = cost;
-            n_best    = dp_trace(dp, escape_p, best);
+    for (int number = 1; ggml_entropy_tail_of(number); number++) {
+        const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(number);
+        int lengths[GGML_ENTROPY_MAX_CLASSES];
+        int far;
+        tail_lengths(tail, lengths, &far);
+        const double planes_cost = GGML_ENTROPY_PLANE_COST * tail->n_planes * (double) total;
+        for (int raw_bits = 1; raw_bits < 8; raw_bits++) {
+            for (int bin_bits = 0; bin_bits < raw_bits; bin_bits++) {
+                const int direct = (1 << raw_bits) - (1 << bin_bits);
+                const int width  = 1 << bin_bits;
+                // the direct interval lies among the codes that occur, as far as there is room
+                const int lowest  = MAX(0, MIN(first, N_CODES - direct));
+                const int highest = MAX(lowest, MIN(last - direct + 1, N_CODES - direct));
+                for (int from = lowest; from <= highest; from++) {
+                    const uint64_t open  = total - sum_of(sums, from, from + direct);
+                    const double   least = (double) raw_bits * (double) total + planes_cost + (double) (open * (uint64_t) lengths[0]);
+                    if (least >= best_cost) {
+                        continue;
+                    }
+                    for (int n_above = 1; n_above <= tail->n_classes; n_above++) {
+                        struct bin bins[GGML_ENTROPY_MAX_CLASSES];
+                        uint64_t covered;
+                        const uint64_t n_bits = place_bins(sums, from, from + direct, width, n_above, tail->n_classes, lengths, bins, &covered)
+                                              + (open - covered) * (uint64_t) (far + 8);
+                        const double cost = (double) raw_bits * (double) total + planes_cost + (double) n_bits;
+                        if (cost < best_cost) {
+                            best_cost = cost;
+                            best = (struct ggml_entropy_code) { (uint8_t) raw_bits, (uint8_t) bin_bits, (uint8_t) number, (int8_t) (from - 128), { 0 }, { 0 } };
+                            for (int c = 0; c < tail->n_classes; c++) {
+                                best.class_base[c] = (int8_t) (uint8_t) (bins[c].from - 128);
+                            }
+                        }
+                    }
+                }
+            }
         }
     }
-    free(dp);
-
-    assign_codes(best, n_best, plan);
-    for (int u = 0; u < 256; u++) {
-        plan->n_bits += counts[u] * plan->length[u];
-    }
+    plan->code = best;
+    assign_lengths(plan, counts);
     return GGML_ENTROPY_OK;
 }
 
 // ---- encoding ----------------------------------------------------------------------------------------------------------------------
 
 static bool matrix_is_valid(enum ggml_type type, int64_t n_rows, int64_t n_cols, int64_t group0, int64_t group1) {
-    return ggml_entropy_is_type(type) && shape_is_valid(n_cols, n_rows, 1, 32)
-        && 0 <= group0 && group0 <= group1 && group1 <= ceil_div(n_rows, LANES);
-}
-
-static inline uint8_t symbol_at(int kind, const int8_t * q, int64_t k) {
-    return kind == GGML_ENTROPY_KIND_EQ8 ? (uint8_t) (q[k] ^ 0x80) : (uint8_t) ((q[2 * k] + 8) | (q[2 * k + 1] + 8) << 4);
+    return ggml_entropy_is_type(type) && shape_is_valid(n_cols, n_rows, 1)
+        && 0 <= group0 && group0 <= group1 && group1 <= count_groups(n_rows);
 }
 
 enum ggml_entropy_status ggml_entropy_count(
@@ -209,113 +159,136 @@ enum ggml_entropy_status ggml_entropy_count(
     if (!matrix_is_valid(type, n_rows, n_cols, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    const int     kind = kind_of_type(type);
-    const int64_t row1 = MIN(n_rows, group1 * LANES);
-    const int8_t * from = q + group0 * LANES * n_cols;
-    const int64_t n     = (row1 - group0 * LANES) * n_cols;
-    if (kind == GGML_ENTROPY_KIND_EQ4) {
-        int bad = 0;
-        for (int64_t i = 0; i < n; i++) {
-            bad |= from[i] < -8 || from[i] > 7;
-        }
-        if (bad) {
+    const int8_t * from = q + group0 * GROUP_ROWS * n_cols;
+    const int64_t  n    = (MIN(n_rows, group1 * GROUP_ROWS) - group0 * GROUP_ROWS) * n_cols;
+    // two tables, so that runs of one code do not wait for their own increments
+    uint64_t even[256] = { 0 };
+    uint64_t odd [256] = { 0 };
+    for (int64_t i = 0; i < n; i += 2) { // n is even: rows are multiples of 32 columns
+        even[(uint8_t) (from[i]     ^ 0x80)]++;
+        odd [(uint8_t) (from[i + 1] ^ 0x80)]++;
+    }
+    for (int i = 0; i < 256; i++) {
+        if (type == GGML_TYPE_EQ4 && (i < 120 || i > 135) && even[i] + odd[i] > 0) {
             return GGML_ENTROPY_BAD_CODE;
         }
     }
-    // two tables, so that runs of one symbol do not wait for their own increments
-    uint64_t even[256] = { 0 };
-    uint64_t odd [256] = { 0 };
-    const int64_t n_symbols = n / cols_per_symbol(kind); // even: rows are multiples of 32 columns
-    for (int64_t k = 0; k < n_symbols; k += 2) {
-        even[symbol_at(kind, from, k)]++;
-        odd [symbol_at(kind, from, k + 1)]++;
-    }
-    for (int u = 0; u < 256; u++) {
-        counts[u] += even[u] + odd[u];
+    for (int i = 0; i < 256; i++) {
+        counts[i] += even[i] + odd[i];
     }
     return GGML_ENTROPY_OK;
 }
 
-int64_t ggml_entropy_default_tile_cols(int64_t n_rows, int64_t n_cols) {
-    const int64_t small = 4 * 1000 * 1000;
-    if (n_rows * n_cols < small) {
-        return MIN(n_cols, GGML_ENTROPY_MAX_TILE_COLS);
+// What a code looks like, for all 256 of them.
+struct code_book {
+    uint8_t raw  [256]; // r
+    uint8_t digit[256]; // digits of the tail: how many that mean "go on" come before the last one; n_digits: far; DIRECT
+    uint8_t value[256]; // of the last digit
+    uint8_t bits [256]; // of the tail
+};
+
+#define DIRECT 255
+
+static void make_book(const struct ggml_entropy_code * code, struct code_book * book) {
+    const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(code->tail);
+    const int direct = direct_codes(code);
+    const int width  = 1 << code->bin_bits;
+    for (int i = 0; i < 256; i++) {
+        const int q = (int8_t) (uint8_t) i;
+        book->raw  [i] = (uint8_t) (q - code->base);
+        book->digit[i] = DIRECT;
+        book->value[i] = 0;
+        book->bits [i] = 0;
+        if ((uint8_t) (q - code->base) < direct) {
+            continue;
+        }
+        book->raw  [i] = (uint8_t) direct;
+        book->digit[i] = (uint8_t) tail->n_digits;
+        for (int digit = 0, c = 0; digit < tail->n_digits && book->digit[i] == tail->n_digits; digit++) {
+            book->bits[i] += (uint8_t) tail->width[digit];
+            for (int value = 0; value < (1 << tail->width[digit]) - 1; value++, c++) {
+                const uint8_t place = (uint8_t) (q - code->class_base[c]);
+                if (place < width) {
+                    book->raw  [i] = (uint8_t) (direct + place);
+                    book->digit[i] = (uint8_t) digit;
+                    book->value[i] = (uint8_t) value;
+                    break;
+                }
+            }
+        }
     }
-    const int64_t wide = MIN(n_cols, 512);
-    return count_tiles(n_cols, n_rows, wide) >= 2048 ? wide : MIN(n_cols, 256);
 }
 
 enum ggml_entropy_status ggml_entropy_measure(
-        enum ggml_type type, int64_t n_rows, int64_t n_cols, const int8_t * q, const struct ggml_entropy_plan * plan, int64_t tile_cols,
-        int64_t group0, int64_t group1, uint8_t * lane_words, int64_t * max_words) {
-    if (!matrix_is_valid(type, n_rows, n_cols, group0, group1) || !shape_is_valid(n_cols, n_rows, 1, tile_cols)) {
+        enum ggml_type type, int64_t n_rows, int64_t n_cols, const int8_t * q, const struct ggml_entropy_code * code,
+        int64_t group0, int64_t group1, struct ggml_entropy_extent * extents) {
+    if (!matrix_is_valid(type, n_rows, n_cols, group0, group1) || !code_is_valid(code)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    const int     kind     = kind_of_type(type);
-    const int64_t n_slices = ceil_div(n_cols, tile_cols);
-    for (int64_t row = group0 * LANES; row < MIN(n_rows, group1 * LANES); row++) {
-        for (int64_t slice = 0; slice < n_slices; slice++) {
-            const int8_t * from      = q + row * n_cols + slice * tile_cols;
-            const int64_t  n_symbols = MIN(tile_cols, n_cols - slice * tile_cols) / cols_per_symbol(kind);
-            uint32_t n_bits = 0;
-            bool     coded  = true;
-            for (int64_t k = 0; k < n_symbols; k++) {
-                const uint8_t t = plan->length[symbol_at(kind, from, k)];
-                n_bits += t;
-                coded  &= t != 0;
-            }
-            if (!coded) {
-                return GGML_ENTROPY_BAD_CODE;
-            }
-            const int64_t n_words = (n_bits + 31) / 32;
-            *max_words = MAX(*max_words, n_words);
-            lane_words[((row / LANES) * n_slices + slice) * LANES + row % LANES] = (uint8_t) n_words;
+    struct code_book book;
+    make_book(code, &book);
+    const int n_digits = ggml_entropy_tail_of(code->tail)->n_digits;
+    uint32_t cost[256]; // far << 8 | bits: rows of a group have at most 2^28 codes, counted in 64 bits
+    for (int i = 0; i < 256; i++) {
+        cost[i] = book.bits[i] | (uint32_t) (book.digit[i] == n_digits) << 8;
+    }
+    for (int64_t group = group0; group < group1; group++) {
+        const int8_t * from = q + group * GROUP_ROWS * n_cols;
+        const int64_t  n    = (MIN(n_rows, (group + 1) * GROUP_ROWS) - group * GROUP_ROWS) * n_cols;
+        uint64_t n_bits = 0;
+        uint64_t n_far  = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t c = cost[(uint8_t) from[i]];
+            n_bits += c & 255;
+            n_far  += c >> 8;
         }
+        extents[group].tail = (uint32_t) ((n_bits + 7) / 8); // at most 2^28 * 6 / 8
+        extents[group].far  = (uint32_t) n_far;
     }
     return GGML_ENTROPY_OK;
 }
 
-static bool fill_header(const struct ggml_entropy_spec * spec, const uint8_t * lane_words, struct ggml_entropy_header * h) {
+static bool fill_header(
+        const struct ggml_entropy_spec * spec, const struct ggml_entropy_code * code, const struct ggml_entropy_extent * extents,
+        struct ggml_entropy_header * h) {
     memset(h, 0, sizeof(*h));
-    const int64_t n_tiles = count_tiles(spec->n_cols, spec->n_rows, spec->tile_cols);
-    if (!ggml_entropy_is_type(spec->type) || !shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs, spec->tile_cols)
-            || n_tiles > UINT32_MAX
+    if (!ggml_entropy_is_type(spec->type) || !shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs)
+            || !tile_cols_is_valid(spec->tile_cols) || !code_is_valid(code)
             || (spec->n_scales != 1 && spec->n_scales != spec->n_rows)
             || (spec->n_offsets != 0 && spec->n_offsets != 1 && spec->n_offsets != spec->n_rows)) {
         return false;
     }
     memcpy(h->magic, ggml_entropy_magic, sizeof(ggml_entropy_magic));
-    h->version     = 1;
+    h->version     = 2;
     h->kind        = (uint8_t) kind_of_type(spec->type);
     h->n_cols      = (uint32_t) spec->n_cols;
     h->n_rows      = (uint32_t) spec->n_rows;
     h->n_slabs     = (uint32_t) spec->n_slabs;
-    h->tile_cols   = (uint32_t) spec->tile_cols;
-    h->n_tiles     = (uint32_t) n_tiles;
     h->scale_mode  = spec->n_scales  == 1 ? GGML_ENTROPY_SCALE_ONE : GGML_ENTROPY_SCALE_ROW;
     h->offset_mode = spec->n_offsets == 0 ? GGML_ENTROPY_OFFSET_NONE
                    : spec->n_offsets == 1 ? GGML_ENTROPY_OFFSET_ONE : GGML_ENTROPY_OFFSET_ROW;
+    h->tile_cols   = (uint32_t) spec->tile_cols;
+    h->device_size = spec->device_size;
+    h->code        = *code;
     layout_sections(h);
-    for (int64_t tile = 0; tile < n_tiles; tile++) {
-        uint64_t n = 0;
-        for (int l = 0; l < LANES; l++) {
-            n += lane_words[tile * LANES + l];
-        }
-        h->bitstream_words += align_up(n, 4);
+    for (int64_t group = 0; group < count_groups(spec->n_rows); group++) {
+        h->body_size += align_up(raw_size(h) + extents[group].tail + extents[group].far, 8);
     }
     h->slab_size = min_slab_size(h);
-    return h->bitstream_words <= UINT32_MAX;
+    return h->body_size <= MAX_BODY;
 }
 
-size_t ggml_entropy_slab_size(const struct ggml_entropy_spec * spec, const uint8_t * lane_words) {
+size_t ggml_entropy_slab_size(
+        const struct ggml_entropy_spec * spec, const struct ggml_entropy_code * code, const struct ggml_entropy_extent * extents) {
     struct ggml_entropy_header h;
-    return fill_header(spec, lane_words, &h) ? h.slab_size : 0;
+    return fill_header(spec, code, extents, &h) ? h.slab_size : 0;
 }
 
 enum ggml_entropy_status ggml_entropy_begin(
-        const struct ggml_entropy_spec * spec, const struct ggml_entropy_plan * plan, const uint8_t * lane_words, void * slab, size_t slab_size) {
+        const struct ggml_entropy_spec * spec, const struct ggml_entropy_code * code, const struct ggml_entropy_extent * extents,
+        void * slab, size_t slab_size) {
     struct ggml_entropy_header h;
-    if (!fill_header(spec, lane_words, &h) || slab_size < h.slab_size || slab_size % GGML_ENTROPY_ALIGN != 0
+    if (!fill_header(spec, code, extents, &h) || slab_size < h.slab_size || slab_size % GGML_ENTROPY_ALIGN != 0
             || (spec->n_slabs == 1 && slab_size != h.slab_size) || (uintptr_t) slab % sizeof(uint64_t) != 0) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
@@ -328,49 +301,126 @@ enum ggml_entropy_status ggml_entropy_begin(
     }
     uint8_t * base = (uint8_t *) slab;
     memcpy(base, &h, sizeof(h));
-    memcpy(base + h.table_at, plan->table, sizeof(plan->table));
     if (h.scales_at) {
         memcpy(base + h.scales_at, spec->scales, (size_t) h.n_rows * 2);
     }
     if (h.offsets_at) {
         memcpy(base + h.offsets_at, spec->offsets, (size_t) h.n_rows * 4);
     }
-    memcpy(base + h.lane_words_at, lane_words, (size_t) h.n_tiles * LANES);
-
-    uint32_t * word_offsets = (uint32_t *) (base + h.word_offsets_at);
+    uint32_t * begin = (uint32_t *) (base + h.index_at);
     uint64_t at = 0;
-    for (int64_t tile = 0; tile < (int64_t) h.n_tiles; tile++) {
-        word_offsets[tile] = (uint32_t) at;
-        for (int l = 0; l < LANES; l++) {
-            at += lane_words[tile * LANES + l];
-        }
-        at = align_up(at, 4);
+    for (int64_t group = 0; group < count_groups(h.n_rows); group++) {
+        begin[group] = (uint32_t) (at / 8);
+        at += align_up(raw_size(&h) + extents[group].tail + extents[group].far, 8);
     }
-    // catches scales, offsets and tables that a reader would refuse
+    // catches scales, offsets and codes that a reader would refuse
     struct ggml_entropy_view v;
     return ggml_entropy_validate_slab(slab, slab_size, &v);
 }
 
-// Codes of one lane, most significant bit first. The lane was measured: words has room for exactly its codes.
-static void write_lane(const uint32_t codes[256], int kind, const int8_t * q, int n_symbols, uint32_t * words) {
-    uint64_t acc    = 0; // pending bits, right-aligned
-    int      n_bits = 0; // their number, below 32 before each code
-    for (int k = 0; k < n_symbols; k++) {
-        const uint32_t c = codes[symbol_at(kind, q, k)];
-        acc     = acc << (c & 15) | c >> 4;
-        n_bits += c & 15;
-        if (n_bits >= 32) {
-            n_bits -= 32;
-            *words++ = (uint32_t) (acc >> n_bits);
-        }
+// Raw numbers of a unit (5.6). Returns the end of what was written.
+static uint8_t * pack_raw(int raw_bits, const uint8_t r[UNIT], uint8_t * raw) {
+    if (raw_bits == 8) {
+        memcpy(raw, r, UNIT);
+        return raw + UNIT;
     }
-    if (n_bits > 0) {
-        *words = (uint32_t) (acc << (32 - n_bits));
+    int shift = 0;
+    if (raw_bits & 4) {
+        for (int i = 0; i < 32; i++) {
+            raw[i] = (uint8_t) ((r[i] & 15) | (r[i + 32] & 15) << 4);
+        }
+        raw  += 32;
+        shift = 4;
+    }
+    if (raw_bits & 2) {
+        for (int i = 0; i < 16; i++) {
+            raw[i] = 0;
+            for (int part = 0; part < 4; part++) {
+                raw[i] |= (uint8_t) ((r[i + 16 * part] >> shift & 3) << 2 * part);
+            }
+        }
+        raw   += 16;
+        shift += 2;
+    }
+    if (raw_bits & 1) {
+        for (int part = 0; part < 8; part++) {
+            raw[part] = 0;
+            for (int i = 0; i < 8; i++) {
+                raw[part] |= (uint8_t) ((r[8 * part + i] >> shift & 1) << i);
+            }
+        }
+        raw += 8;
+    }
+    return raw;
+}
+
+// Bits, the first one lowest. What is pending is written when a byte is full, and at the end.
+struct bit_writer {
+    uint8_t * to;
+    uint64_t  pending;
+    int       n_pending; // below 8 between calls
+};
+
+// n <= 64 bits
+static void put_bits(struct bit_writer * w, uint64_t bits, int n) {
+    while (n > 0) {
+        const int now = MIN(n, 56);
+        w->pending   |= (bits & ((UINT64_C(1) << now) - 1)) << w->n_pending;
+        w->n_pending += now;
+        bits >>= now;
+        n     -= now;
+        while (w->n_pending >= 8) {
+            *w->to++      = (uint8_t) w->pending;
+            w->pending  >>= 8;
+            w->n_pending -= 8;
+        }
     }
 }
 
-enum ggml_entropy_status ggml_entropy_encode_groups(
-        const struct ggml_entropy_plan * plan, const int8_t * q, int64_t group0, int64_t group1, void * slab) {
+// One row group: codes [n_rows][n_cols] of it to its place, which ends at far.
+static void write_group(
+        const struct ggml_entropy_code * code, const struct code_book * book, const int8_t * q, int n_rows, int64_t n_cols,
+        uint8_t * raw, uint8_t * far) {
+    const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(code->tail);
+    struct bit_writer w = { raw + n_cols / UNIT_COLS * 8 * code->raw_bits, 0, 0 };
+    for (int64_t col = 0; col < n_cols; col += UNIT_COLS) {
+        uint8_t r[UNIT] = { 0 };
+        uint8_t open[UNIT]; // codes of the weights that have a tail
+        int n_open = 0;
+        for (int i = 0; i < n_rows * UNIT_COLS; i++) {
+            const uint8_t u = (uint8_t) q[i / UNIT_COLS * n_cols + col + i % UNIT_COLS];
+            r[i] = book->raw[u];
+            open[n_open] = u;
+            n_open += book->digit[u] != DIRECT;
+        }
+        raw = pack_raw(code->raw_bits, r, raw);
+        for (int digit = 0; digit < tail->n_digits && n_open > 0; digit++) {
+            uint64_t planes[2] = { 0, 0 };
+            const int on = (1 << tail->width[digit]) - 1;
+            int n_on = 0;
+            for (int j = 0; j < n_open; j++) {
+                const uint8_t u = open[j];
+                const int value = book->digit[u] == digit ? book->value[u] : on;
+                planes[0] |= (uint64_t) (value & 1) << j;
+                planes[1] |= (uint64_t) (value >> 1) << j;
+                open[n_on] = u;
+                n_on += value == on;
+            }
+            for (int plane = 0; plane < tail->width[digit]; plane++) {
+                put_bits(&w, planes[plane], n_open);
+            }
+            n_open = n_on;
+        }
+        for (int j = 0; j < n_open; j++) {
+            *--far = open[j];
+        }
+    }
+    if (w.n_pending > 0) {
+        *w.to = (uint8_t) w.pending;
+    }
+}
+
+enum ggml_entropy_status ggml_entropy_encode_groups(const int8_t * q, int64_t group0, int64_t group1, void * slab) {
     struct ggml_entropy_view v;
     const enum ggml_entropy_status st = ggml_entropy_open(slab, ((const struct ggml_entropy_header *) slab)->slab_size, &v);
     if (st != GGML_ENTROPY_OK) {
@@ -379,48 +429,25 @@ enum ggml_entropy_status ggml_entropy_encode_groups(
     if (!range_is_valid(&v, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    uint32_t (* words)[GGML_ENTROPY_MAX_LANE_WORDS] = malloc(LANES * sizeof(*words));
-    if (!words) {
-        return GGML_ENTROPY_NO_MEMORY;
-    }
-    uint32_t codes[256]; // code << 4 | length: one look-up a symbol
-    for (int u = 0; u < 256; u++) {
-        codes[u] = (uint32_t) plan->code[u] << 4 | plan->length[u];
-    }
-    const struct ggml_entropy_header * h = v.header;
-    uint32_t * bitstream = (uint32_t *) ((uint8_t *) slab + h->bitstream_at);
+    const struct ggml_entropy_header * h = &v.header;
+    struct code_book book;
+    make_book(&h->code, &book);
     for (int64_t group = group0; group < group1; group++) {
-        for (int64_t slice = 0; slice < v.n_slices; slice++) {
-            const struct tile_ref ref = tile_at(&v, group, slice);
-            for (int l = 0; l < ref.n_lanes; l++) {
-                const int64_t row = group * LANES + l;
-                write_lane(codes, h->kind, q + row * h->n_cols + slice * h->tile_cols, ref.n_symbols, words[l]);
-            }
-            const uint8_t * n_words = v.lane_words + ref.tile * LANES;
-            uint32_t * dst = bitstream + v.word_offsets[ref.tile];
-            for (int j = 0; j < GGML_ENTROPY_MAX_LANE_WORDS; j++) {
-                uint32_t * const word_row = dst;
-                for (int l = 0; l < ref.n_lanes; l++) {
-                    if (j < n_words[l]) {
-                        *dst++ = words[l][j];
-                    }
-                }
-                if (dst == word_row) {
-                    break;
-                }
-            }
-        }
+        const uint64_t begin = (uint64_t) v.begin[group] * 8;
+        const uint64_t end   = group + 1 < v.n_groups ? (uint64_t) v.begin[group + 1] * 8 : h->body_size;
+        uint8_t * body = (uint8_t *) slab + h->body_at;
+        const int n_rows = (int) MIN(GROUP_ROWS, (int64_t) h->n_rows - group * GROUP_ROWS);
+        write_group(&h->code, &book, q + group * GROUP_ROWS * h->n_cols, n_rows, h->n_cols, body + begin, body + end);
     }
-    free(words);
     return GGML_ENTROPY_OK;
 }
 
-enum ggml_entropy_status ggml_entropy_finish(void * slab) {
+enum ggml_entropy_status ggml_entropy_finish(void * slab, uint64_t seed) {
     struct ggml_entropy_view v;
     const enum ggml_entropy_status st = ggml_entropy_open(slab, ((const struct ggml_entropy_header *) slab)->slab_size, &v);
     if (st != GGML_ENTROPY_OK) {
         return st;
     }
-    ((struct ggml_entropy_header *) slab)->hash = slab_hash(v.header);
+    ((struct ggml_entropy_header *) slab)->hash = slab_hash(slab, v.header.slab_size, seed);
     return GGML_ENTROPY_OK;
 }

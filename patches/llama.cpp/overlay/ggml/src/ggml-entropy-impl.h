@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: MIT
 //
-// What the reading and the writing half of the codec share: layout of a slab and its arithmetic. Private to ggml-entropy.c and
-// ggml-entropy-encode.c.
+// What the parts of the codec share: layout of a slab and its arithmetic. Private to ggml-entropy*.c and to ggml-entropy-decode.h.
 
 #pragma once
-
-#define XXH_INLINE_ALL
-#define XXH_STATIC_LINKING_ONLY
-#include "../../vendor/hash/xxhash/xxhash.h"
 
 #include "ggml-entropy.h"
 #include "ggml-impl.h"
 
-#define LANES        GGML_ENTROPY_LANES
+#include <string.h>
+
+#define GROUP_ROWS   GGML_ENTROPY_GROUP_ROWS
+#define UNIT         GGML_ENTROPY_UNIT
+#define UNIT_COLS    GGML_ENTROPY_UNIT_COLS
 #define MAX_COLS     (1 << 24)
 #define MAX_SLABS    (1 << 16)
-#define MAX_T        15               // longest code: two of them fit in a 32-bit window
-#define MAX_PREFIX   8
-#define HASH_FROM    16               // the hash covers the slab from here to its end
+#define MAX_SLAB     (UINT64_C(1) << 46)           // bytes: more than any machine maps
+#define MAX_BODY     (((uint64_t) UINT32_MAX) * 8) // index entries count units of 8 bytes
+#define SECTION      64                            // alignment of sections
 
-static const uint8_t ggml_entropy_magic[4] = { 'E', 'Q', 'T', '1' };
+static const uint8_t ggml_entropy_magic[4] = { 'E', 'Q', 'T', 'P' };
 
 static inline uint64_t align_up(uint64_t x, uint64_t a) {
     return (x + a - 1) / a * a;
@@ -33,70 +32,76 @@ static inline int kind_of_type(enum ggml_type type) {
     return type == GGML_TYPE_EQ8 ? GGML_ENTROPY_KIND_EQ8 : type == GGML_TYPE_EQ4 ? GGML_ENTROPY_KIND_EQ4 : 0;
 }
 
-// columns that share one symbol
-static inline int cols_per_symbol(int kind) {
-    return kind == GGML_ENTROPY_KIND_EQ4 ? 2 : 1;
-}
-
-static inline bool shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs, int64_t tile_cols) {
+static inline bool shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs) {
     return n_cols  >= 32 && n_cols <= MAX_COLS && n_cols % 32 == 0
         && n_rows  >= 1  && n_rows <= INT32_MAX
-        && n_slabs >= 1  && n_slabs <= MAX_SLABS
-        && tile_cols >= 32 && tile_cols <= GGML_ENTROPY_MAX_TILE_COLS && tile_cols % 32 == 0;
+        && n_slabs >= 1  && n_slabs <= MAX_SLABS;
 }
 
-// n_rows < 2^31 and n_cols <= 2^24: at most 2^26 * 2^19 = 2^45 tiles, no overflow; the header's u32 narrows it further
-static inline int64_t count_tiles(int64_t n_cols, int64_t n_rows, int64_t tile_cols) {
-    return ceil_div(n_rows, LANES) * ceil_div(n_cols, tile_cols);
+static inline bool tile_cols_is_valid(int64_t tile_cols) {
+    return tile_cols >= 32 && tile_cols <= 1024 && tile_cols % 32 == 0;
 }
 
-// Fill the section offsets that follow from shape and modes (docs/format.md 5).
+static inline bool all_zero(const uint8_t * p, uint64_t n) {
+    for (uint64_t i = 0; i < n; i++) {
+        if (p[i] != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Raw numbers below are direct (docs/format.md 5.2).
+static inline int direct_codes(const struct ggml_entropy_code * code) {
+    return code->raw_bits == 8 ? 256 : (1 << code->raw_bits) - (1 << code->bin_bits);
+}
+
+// 5.2
+static inline bool code_is_valid(const struct ggml_entropy_code * code) {
+    const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(code->tail);
+    if (code->raw_bits < 1 || code->raw_bits > 8 || !tail || (code->raw_bits == 8) != (code->tail == 0)
+            || (code->raw_bits == 8 ? code->bin_bits != 0 : code->bin_bits >= code->raw_bits)) {
+        return false;
+    }
+    // kernels use number 0 for direct weights and for class 0: both need the same addend
+    if (tail->n_classes > 0 && (uint8_t) code->class_base[0] != (uint8_t) (code->base + direct_codes(code))) {
+        return false;
+    }
+    return all_zero((const uint8_t *) code->class_base + tail->n_classes, GGML_ENTROPY_MAX_CLASSES - tail->n_classes)
+        && all_zero(code->reserved, sizeof(code->reserved));
+}
+
+// Bytes of the raw bits of a row group: at most 2^22 units of 64 bytes.
+static inline uint64_t raw_size(const struct ggml_entropy_header * h) {
+    return (uint64_t) (h->n_cols / UNIT_COLS) * 8 * h->code.raw_bits;
+}
+
+static inline int64_t count_groups(int64_t n_rows) {
+    return ceil_div(n_rows, GROUP_ROWS);
+}
+
+// Fill the section offsets that follow from shape and modes (5).
 static inline void layout_sections(struct ggml_entropy_header * h) {
     uint64_t at = GGML_ENTROPY_HEADER_SIZE;
-    h->table_at = at;
-    at += 256 * sizeof(struct ggml_entropy_entry);
     h->scales_at = 0;
     if (h->scale_mode == GGML_ENTROPY_SCALE_ROW) {
         h->scales_at = at;
-        at = align_up(at + (uint64_t) h->n_rows * 2, GGML_ENTROPY_ALIGN);
+        at = align_up(at + (uint64_t) h->n_rows * 2, SECTION);
     }
     h->offsets_at = 0;
     if (h->offset_mode == GGML_ENTROPY_OFFSET_ROW) {
         h->offsets_at = at;
-        at = align_up(at + (uint64_t) h->n_rows * 4, GGML_ENTROPY_ALIGN);
+        at = align_up(at + (uint64_t) h->n_rows * 4, SECTION);
     }
-    h->word_offsets_at = at;
-    at = align_up(at + (uint64_t) h->n_tiles * 4, GGML_ENTROPY_ALIGN);
-    h->lane_words_at = at;
-    at = align_up(at + (uint64_t) h->n_tiles * LANES, GGML_ENTROPY_ALIGN);
-    h->bitstream_at = at;
+    h->index_at = at;
+    h->body_at  = align_up(at + (uint64_t) count_groups(h->n_rows) * sizeof(uint32_t), SECTION);
 }
 
+// body_at is below 2^36 and body_size at most MAX_BODY: no overflow.
 static inline uint64_t min_slab_size(const struct ggml_entropy_header * h) {
-    return align_up(h->bitstream_at + 4 * h->bitstream_words, GGML_ENTROPY_ALIGN) + GGML_ENTROPY_SLACK;
-}
-
-// Tile number, its lanes and its symbols per lane.
-struct tile_ref {
-    int64_t tile;
-    int     n_lanes;
-    int     n_symbols;
-};
-
-static inline struct tile_ref tile_at(const struct ggml_entropy_view * v, int64_t group, int64_t slice) {
-    const struct ggml_entropy_header * h = v->header;
-    const int64_t n_cols = MIN((int64_t) h->tile_cols, (int64_t) h->n_cols - slice * h->tile_cols);
-    struct tile_ref ref;
-    ref.tile      = group * v->n_slices + slice;
-    ref.n_lanes   = (int) MIN(LANES, (int64_t) h->n_rows - group * LANES);
-    ref.n_symbols = (int) (n_cols / cols_per_symbol(h->kind));
-    return ref;
+    return align_up(h->body_at + h->body_size, GGML_ENTROPY_ALIGN) + GGML_ENTROPY_SLACK;
 }
 
 static inline bool range_is_valid(const struct ggml_entropy_view * v, int64_t group0, int64_t group1) {
     return 0 <= group0 && group0 <= group1 && group1 <= v->n_groups;
-}
-
-static inline uint64_t slab_hash(const struct ggml_entropy_header * h) {
-    return XXH64((const uint8_t *) h + HASH_FROM, h->slab_size - HASH_FROM, 0);
 }

@@ -4,10 +4,11 @@
 //
 // Order of this file: validation, decoding, rows of other types, verification.
 //
-// Two things that surprise: the table is stored expanded, so validation has to find the classes again (table_is_valid), and a lane's words
-// are scattered over the tile's word rows, so that decoding first gathers a tile into a scratch where each lane is contiguous.
+// One thing that surprises: the header is copied when a slab is opened, and everything is bounded by that copy. A file that is mapped can
+// change after it was validated; then weights are wrong, and nothing else is.
 
-#include "ggml-entropy-impl.h"
+#include "ggml-entropy-decode.h"
+#include "ggml-entropy-hash.h"
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
@@ -16,13 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__SSE2__) || defined(_M_X64)
-#define HAVE_SSE2
-#include <emmintrin.h>
-#endif
-
 static_assert(sizeof(struct ggml_entropy_header) == GGML_ENTROPY_HEADER_SIZE, "header size");
-static_assert(sizeof(struct ggml_entropy_entry)  == 2, "table entry size");
+static_assert(sizeof(struct ggml_entropy_code)   == 16, "code size");
+// planes of 64 bits, and a window of 9 bytes behind the last
+static_assert(GGML_ENTROPY_CLAMP_UNITS*GGML_ENTROPY_MAX_PLANES*8 + 9 <= GGML_ENTROPY_SLACK, "slack");
 
 bool ggml_entropy_is_type(enum ggml_type type) {
     return type == GGML_TYPE_EQ8 || type == GGML_TYPE_EQ4;
@@ -36,20 +34,30 @@ const char * ggml_entropy_status_str(enum ggml_entropy_status status) {
         case GGML_ENTROPY_NO_MEMORY:     return "out of memory";
         case GGML_ENTROPY_TRUNCATED:     return "the data is shorter than its header says";
         case GGML_ENTROPY_BAD_MAGIC:     return "no entropy-coded data (wrong magic)";
-        case GGML_ENTROPY_BAD_VERSION:   return "unknown format version";
+        case GGML_ENTROPY_OLD_VERSION:   return "format version 1, which is no longer read: convert the model again";
+        case GGML_ENTROPY_BAD_VERSION:   return "a format version that this runtime does not know";
         case GGML_ENTROPY_BAD_KIND:      return "the header names another type than the file";
         case GGML_ENTROPY_BAD_SHAPE:     return "the header names another shape than the file, or an impossible one";
         case GGML_ENTROPY_BAD_MODE:      return "unknown or inconsistent scale or offset mode";
         case GGML_ENTROPY_BAD_LAYOUT:    return "impossible section layout";
         case GGML_ENTROPY_BAD_RESERVED:  return "a reserved byte is not zero";
         case GGML_ENTROPY_BAD_SCALE:     return "a scale or offset is not a valid number";
-        case GGML_ENTROPY_BAD_TABLE:     return "invalid decode table";
-        case GGML_ENTROPY_BAD_INDEX:     return "invalid tile index";
+        case GGML_ENTROPY_BAD_TABLE:     return "impossible code parameters";
+        case GGML_ENTROPY_BAD_INDEX:     return "invalid index of row groups";
         case GGML_ENTROPY_BAD_HASH:      return "hash mismatch";
-        case GGML_ENTROPY_BAD_STREAM:    return "a row does not decode to exactly its codes";
+        case GGML_ENTROPY_BAD_STREAM:    return "a row group does not hold exactly its codes";
         case GGML_ENTROPY_STATUS_COUNT:  break;
     }
     return "unknown status";
+}
+
+const struct ggml_entropy_tail * ggml_entropy_tail_of(int number) {
+    static const struct ggml_entropy_tail tails[GGML_ENTROPY_N_TAILS] = {
+        { 0, { 0, 0, 0, 0 }, 0, 0 },
+        { 2, { 2, 2, 0, 0 }, 6, 4 },
+        { 4, { 1, 1, 2, 2 }, 8, 6 },
+    };
+    return number >= 0 && number < GGML_ENTROPY_N_TAILS ? &tails[number] : NULL;
 }
 
 // ---- validation --------------------------------------------------------------------------------------------------------------------
@@ -65,30 +73,23 @@ static bool q4_1_min(float scale, float offset, uint16_t * m_bits) {
     return f16_is_finite(*m_bits) && GGML_FP16_TO_FP32(*m_bits) == m;
 }
 
-static bool all_zero(const uint8_t * p, uint64_t n) {
-    for (uint64_t i = 0; i < n; i++) {
-        if (p[i] != 0) {
-            return false;
-        }
-    }
-    return true;
-}
-
 static enum ggml_entropy_status check_header(const struct ggml_entropy_header * h) {
+    if (memcmp(h->magic, "EQT1", 4) == 0) {
+        return GGML_ENTROPY_OLD_VERSION;
+    }
     if (memcmp(h->magic, ggml_entropy_magic, sizeof(ggml_entropy_magic)) != 0) {
         return GGML_ENTROPY_BAD_MAGIC;
     }
-    if (h->version != 1) {
+    if (h->version != 2) {
         return GGML_ENTROPY_BAD_VERSION;
     }
     if (h->kind != GGML_ENTROPY_KIND_EQ8 && h->kind != GGML_ENTROPY_KIND_EQ4) {
         return GGML_ENTROPY_BAD_KIND;
     }
-    if (h->reserved0 != 0 || h->reserved1 != 0 || !all_zero(h->reserved2, sizeof(h->reserved2))) {
+    if (h->reserved0 != 0 || !all_zero(h->reserved1, sizeof(h->reserved1))) {
         return GGML_ENTROPY_BAD_RESERVED;
     }
-    if (!shape_is_valid(h->n_cols, h->n_rows, h->n_slabs, h->tile_cols)
-            || count_tiles(h->n_cols, h->n_rows, h->tile_cols) != (int64_t) h->n_tiles) {
+    if (!shape_is_valid(h->n_cols, h->n_rows, h->n_slabs) || !tile_cols_is_valid(h->tile_cols)) {
         return GGML_ENTROPY_BAD_SHAPE;
     }
     if (h->scale_mode > GGML_ENTROPY_SCALE_ROW || h->offset_mode > GGML_ENTROPY_OFFSET_ROW) {
@@ -103,19 +104,23 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
     if (h->offset_mode == GGML_ENTROPY_OFFSET_ONE ? !isfinite(h->offset) : offset_bits != 0) {
         return GGML_ENTROPY_BAD_SCALE;
     }
+    if (!code_is_valid(&h->code)) {
+        return GGML_ENTROPY_BAD_TABLE;
+    }
 
     struct ggml_entropy_header expect = *h;
     layout_sections(&expect);
-    if (h->table_at           != expect.table_at
-            || h->scales_at       != expect.scales_at
-            || h->offsets_at      != expect.offsets_at
-            || h->word_offsets_at != expect.word_offsets_at
-            || h->lane_words_at   != expect.lane_words_at
-            || h->bitstream_at    != expect.bitstream_at) {
+    if (h->scales_at != expect.scales_at || h->offsets_at != expect.offsets_at || h->index_at != expect.index_at || h->body_at != expect.body_at) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
-    // the bound on bitstream_words also keeps min_slab_size from overflowing; 2^46 bytes are more than any machine maps
-    if (h->bitstream_words > UINT32_MAX || h->slab_size % GGML_ENTROPY_ALIGN != 0 || h->slab_size > (UINT64_C(1) << 46)
+    // n_groups * raw_size: at most 2^27 * 2^28, no overflow
+    if (h->body_size % 8 != 0 || h->body_size > MAX_BODY || h->body_size < (uint64_t) count_groups(h->n_rows) * raw_size(h)) {
+        return GGML_ENTROPY_BAD_LAYOUT;
+    }
+    if (h->device_size % GGML_ENTROPY_ALIGN != 0 || h->device_size < 1024 || h->device_size > MAX_SLAB) {
+        return GGML_ENTROPY_BAD_LAYOUT;
+    }
+    if (h->slab_size % GGML_ENTROPY_ALIGN != 0 || h->slab_size > MAX_SLAB
             || h->slab_size < min_slab_size(h) || (h->n_slabs == 1 && h->slab_size != min_slab_size(h))) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
@@ -154,8 +159,8 @@ enum ggml_entropy_status ggml_entropy_open(const void * slab, size_t n_bytes, st
     if (n_bytes < GGML_ENTROPY_HEADER_SIZE) {
         return GGML_ENTROPY_TRUNCATED;
     }
-    const uint8_t * base = (const uint8_t *) slab;
-    const struct ggml_entropy_header * h = (const struct ggml_entropy_header *) slab;
+    struct ggml_entropy_header * h = &view->header;
+    memcpy(h, slab, sizeof(*h));
     const enum ggml_entropy_status st = check_header(h);
     if (st != GGML_ENTROPY_OK) {
         return st;
@@ -163,60 +168,25 @@ enum ggml_entropy_status ggml_entropy_open(const void * slab, size_t n_bytes, st
     if (h->slab_size > n_bytes) {
         return GGML_ENTROPY_TRUNCATED;
     }
-    view->header       = h;
-    view->table        = (const struct ggml_entropy_entry *) (base + h->table_at);
-    view->scales       = h->scales_at  ? (const uint16_t *) (base + h->scales_at)  : NULL;
-    view->offsets      = h->offsets_at ? (const float    *) (base + h->offsets_at) : NULL;
-    view->word_offsets = (const uint32_t *) (base + h->word_offsets_at);
-    view->lane_words   = base + h->lane_words_at;
-    view->bitstream    = (const uint32_t *) (base + h->bitstream_at);
-    view->n_groups     = ceil_div(h->n_rows, LANES);
-    view->n_slices     = ceil_div(h->n_cols, h->tile_cols);
+    const uint8_t * base = (const uint8_t *) slab;
+    view->scales   = h->scales_at  ? (const uint16_t *) (base + h->scales_at)  : NULL;
+    view->offsets  = h->offsets_at ? (const float    *) (base + h->offsets_at) : NULL;
+    view->begin    = (const uint32_t *) (base + h->index_at);
+    view->body     = base + h->body_at;
+    view->n_groups = count_groups(h->n_rows);
+    view->n_units  = h->n_cols / UNIT_COLS;
     return GGML_ENTROPY_OK;
 }
 
-// Cut the table into classes again (5.2): the smallest prefix length that fits at entry i, then on behind its run.
-static bool table_is_valid(const struct ggml_entropy_entry table[256]) {
-    int i = 0;
-    while (i < 256) {
-        const int t    = table[i].t;
-        const int bias = table[i].bias;
-        if (t < 1 || t > MAX_T) {
-            return false;
-        }
-        int same = 1; // entries from i on that are equal
-        while (i + same < 256 && table[i + same].t == t && table[i + same].bias == bias) {
-            same++;
-        }
-        int p = 0;
-        for (; p <= MAX_PREFIX; p++) {
-            const int run = 256 >> p;
-            const int e   = t - p;
-            if (i % run != 0 || run > same || e < 0 || e > 8) {
-                continue;
-            }
-            const int base = (bias + ((i / run) << e)) & 255;
-            if (base + (1 << e) <= 256) {
-                break;
-            }
-        }
-        if (p > MAX_PREFIX) {
-            return false;
-        }
-        i += 256 >> p;
-    }
-    return true;
-}
-
 static enum ggml_entropy_status check_scales(const struct ggml_entropy_view * v) {
-    const struct ggml_entropy_header * h = v->header;
+    const struct ggml_entropy_header * h = &v->header;
     const bool is_q4_1 = h->kind == GGML_ENTROPY_KIND_EQ4 && h->offset_mode != GGML_ENTROPY_OFFSET_NONE;
     if (!v->scales && !v->offsets && !is_q4_1) {
         return GGML_ENTROPY_OK;
     }
     for (int64_t r = 0; r < h->n_rows; r++) {
-        const uint16_t scale  = v->scales  ? v->scales [r] : h->scale;
-        const float    offset = v->offsets ? v->offsets[r] : h->offset;
+        const uint16_t scale  = ggml_entropy_row_scale (v, r);
+        const float    offset = ggml_entropy_row_offset(v, r);
         uint16_t m;
         if (!f16_is_finite(scale) || !isfinite(offset) || (is_q4_1 && !q4_1_min(GGML_FP16_TO_FP32(scale), offset, &m))) {
             return GGML_ENTROPY_BAD_SCALE;
@@ -225,41 +195,26 @@ static enum ggml_entropy_status check_scales(const struct ggml_entropy_view * v)
     return GGML_ENTROPY_OK;
 }
 
-// The tile index is the running sum of the lane lengths (5.5, 5.6), so that every tile lies inside the bitstream; and no lane is shorter than
-// its codes can be, so that a small file cannot claim a huge matrix.
+// Row groups follow one another in the body, and each has room for its raw bits (5.5).
 static enum ggml_entropy_status check_index(const struct ggml_entropy_view * v) {
-    const struct ggml_entropy_header * h = v->header;
-    int t_min = MAX_T;
-    for (int i = 0; i < 256; i++) {
-        t_min = MIN(t_min, v->table[i].t);
+    const uint64_t raw = raw_size(&v->header);
+    if (v->begin[0] != 0) {
+        return GGML_ENTROPY_BAD_INDEX;
     }
-    uint64_t at = 0;
-    for (int64_t tile = 0; tile < (int64_t) h->n_tiles; tile++) {
-        const uint8_t * n_words = v->lane_words + tile * LANES;
-        const int64_t   n_lanes = MIN(LANES, (int64_t) h->n_rows - tile / v->n_slices * LANES);
-        const int64_t   n_codes = MIN((int64_t) h->tile_cols, (int64_t) h->n_cols - tile % v->n_slices * h->tile_cols) / cols_per_symbol(h->kind);
-        const int64_t   n_min   = ceil_div(n_codes * t_min, 32);
-        if (v->word_offsets[tile] != at) {
+    for (int64_t i = 0; i < v->n_groups; i++) {
+        const uint64_t begin = (uint64_t) v->begin[i] * 8;
+        const uint64_t end   = i + 1 < v->n_groups ? (uint64_t) v->begin[i + 1] * 8 : v->header.body_size;
+        if (begin + raw > end) {
             return GGML_ENTROPY_BAD_INDEX;
         }
-        for (int64_t l = 0; l < LANES; l++) {
-            if (l < n_lanes ? n_words[l] < n_min : n_words[l] != 0) {
-                return GGML_ENTROPY_BAD_INDEX;
-            }
-            at += n_words[l];
-        }
-        at = align_up(at, 4);
     }
-    return at == h->bitstream_words ? GGML_ENTROPY_OK : GGML_ENTROPY_BAD_INDEX;
+    return GGML_ENTROPY_OK;
 }
 
 enum ggml_entropy_status ggml_entropy_validate_slab(const void * slab, size_t n_bytes, struct ggml_entropy_view * v) {
     enum ggml_entropy_status st = ggml_entropy_open(slab, n_bytes, v);
     if (st != GGML_ENTROPY_OK) {
         return st;
-    }
-    if (!table_is_valid(v->table)) {
-        return GGML_ENTROPY_BAD_TABLE;
     }
     st = check_scales(v);
     return st != GGML_ENTROPY_OK ? st : check_index(v);
@@ -274,10 +229,10 @@ static enum ggml_entropy_status validate_slabs(const void * data, size_t n_bytes
         if (st != GGML_ENTROPY_OK) {
             return st;
         }
-        const struct ggml_entropy_header * h = v.header;
+        const struct ggml_entropy_header * h = &v.header;
         if (i == 0) {
             first = *h;
-            // slab_size < 2^46 and n_slabs <= 2^16: no overflow
+            // slab_size <= 2^46 and n_slabs <= 2^16: no overflow
             if ((uint64_t) n_slabs * first.slab_size > n_bytes) {
                 return GGML_ENTROPY_TRUNCATED;
             }
@@ -294,7 +249,7 @@ static enum ggml_entropy_status validate_slabs(const void * data, size_t n_bytes
         if (h->scale_mode != first.scale_mode || h->offset_mode != first.offset_mode) {
             return GGML_ENTROPY_BAD_MODE;
         }
-        if (h->slab_size != first.slab_size) {
+        if (h->slab_size != first.slab_size || h->device_size != first.device_size) {
             return GGML_ENTROPY_BAD_LAYOUT;
         }
     }
@@ -322,450 +277,254 @@ enum ggml_entropy_status ggml_entropy_validate_slabs(enum ggml_type type, const 
     if (st != GGML_ENTROPY_OK) {
         return st;
     }
-    return v.header->kind != kind_of_type(type) ? GGML_ENTROPY_BAD_KIND : validate_slabs(data, n_bytes, v.header->n_slabs);
+    return v.header.kind != kind_of_type(type) ? GGML_ENTROPY_BAD_KIND : validate_slabs(data, n_bytes, v.header.n_slabs);
 }
 
 // ---- decoding ----------------------------------------------------------------------------------------------------------------------
 //
-// A lane is decoded through windows: 57 bits or more from any bit position, left-aligned. The table of runs takes RUN_BITS of a window and
-// gives all symbols that end within them, at most four: at 5.3 bits per symbol that is 1.6 symbols a look-up, at 3 bits 3.2. What it cannot
-// tell, a code longer than RUN_BITS, goes through the slab's own table. Measured against one symbol per look-up (bench/results): 1.9 times as
-// fast at 5.3 bits, 3.3 times at 3.
+// A unit, drawn with B = 2, k = 0 and the tail shape 1, for the first weights of row 0; D = 3, base = -1, class bases 2 -2 3 -3 4 -4:
+//
+//     weight        0  1  2  3   4 ...
+//     code          0 -1  3  1  -7
+//     raw number    1  0  3  2   3       below D: the code is base + r
+//     open                o      o       the tail has a bit of each plane for these two, in this order
+//     digit 1             2      3       planes 0 (low) and 1 (high); 2 names class 2, whose base is 3; with 3 weight 4 goes on
+//     digit 2                    3       again 3: weight 4 is far, and its code stands as a byte at the group's end
+//
+// The bits of a plane are spread over the open weights: bit j of the stream belongs to the j-th of them. That is what the instruction pdep
+// does, for all 64 weights at once; here they are handed out one by one.
 
-#define RUN_BITS    GGML_ENTROPY_RUN_BITS
-#define RUN_SYMBOLS 4
-#define STEP_RUNS   4                        // look-ups per window: 4 * RUN_BITS = 44 of its 57 bits
-#define STEP_MAX    (STEP_RUNS*RUN_SYMBOLS)  // symbols they give at most
-
-// A run: bits used 0..5, number of symbols 8..10, symbols 32..63, the first one lowest. All zero: the first code does not fit.
-static uint64_t make_run(const struct ggml_entropy_entry * table, uint32_t bits) {
-    uint32_t n_bits    = 0;
-    uint32_t n_symbols = 0;
-    uint32_t symbols   = 0;
-    while (n_symbols < RUN_SYMBOLS) {
-        const struct ggml_entropy_entry entry = table[bits >> 24];
-        if (n_bits + entry.t > RUN_BITS) {
-            break;
-        }
-        symbols |= (uint32_t) (uint8_t) ((bits >> (32 - entry.t)) + entry.bias) << (8 * n_symbols);
-        bits   <<= entry.t;
-        n_bits  += entry.t;
-        n_symbols++;
-    }
-    return (uint64_t) symbols << 32 | n_symbols << 8 | n_bits;
+// Read once: the index may be changing under us.
+static uint64_t group_begin(const struct ggml_entropy_view * v, int64_t group) {
+    return (uint64_t) ((const volatile uint32_t *) v->begin)[group] * 8;
 }
 
-void ggml_entropy_decoder_open(struct ggml_entropy_decoder * d, const struct ggml_entropy_view * view) {
-    d->view     = *view;
-    d->has_runs = false;
+void ggml_entropy_stream_open(const struct ggml_entropy_view * v, int64_t group, struct ggml_entropy_stream * s) {
+    // the index may have changed since it was validated: a group lies in the body whatever it says
+    const uint64_t raw   = raw_size(&v->header);
+    const uint64_t size  = v->header.body_size;
+    const uint64_t at    = group_begin(v, group);
+    const uint64_t next  = group + 1 < v->n_groups ? group_begin(v, group + 1) : size;
+    const uint64_t begin = MIN(at, size - raw);
+    const uint64_t end   = MIN(next, size);
+    s->raw   = v->body + begin;
+    s->tail  = s->raw + raw;
+    s->far   = v->body + MAX(end, begin + raw);
+    s->pos   = 0;
+    s->end   = (uint64_t) (s->far - s->tail) * 8;
+    s->unit  = 0;
+    s->n_far = 0;
 }
 
-// Takes some 10 us, which a single row or a kernel that decodes by other means need not wait for.
-static void make_runs(struct ggml_entropy_decoder * d) {
-    for (uint32_t i = 0; i < 1u << RUN_BITS; i++) {
-        d->runs[i] = make_run(d->view.table, i << (32 - RUN_BITS));
-    }
-    d->has_runs = true;
+void ggml_entropy_decode_units(const struct ggml_entropy_code * code, struct ggml_entropy_stream * s, int n_units, int8_t * out) {
+    decode_units(code, s, n_units, out);
 }
 
-static inline uint32_t swap_bytes(uint32_t x) {
-    return x >> 24 | (x >> 8 & 0xff00) | (x << 8 & 0xff0000) | x << 24;
-}
-
-// Undo the word-row interleave of a tile: each lane becomes a string of bytes, most significant bit first, with eight zero bytes behind.
-// Returns the words behind the tile's last.
-static const uint32_t * gather_tile(struct ggml_entropy_decoder * d, struct tile_ref ref) {
-    const uint32_t * src     = d->view.bitstream + d->view.word_offsets[ref.tile];
-    const uint8_t  * n_words = d->view.lane_words + ref.tile * LANES;
-
-    int shortest = 255;
-    int longest  = 0;
-    for (int l = 0; l < ref.n_lanes; l++) {
-        shortest = MIN(shortest, n_words[l]);
-        longest  = MAX(longest,  n_words[l]);
-    }
-    // word rows that every lane has need no test
-    for (int j = 0; j < shortest; j++) {
-        for (int l = 0; l < ref.n_lanes; l++) {
-            d->words[l][j] = swap_bytes(*src++);
+// Rows of codes from units: row i of the group is row[i]. n_rows of the group exist.
+static void units_to_rows(const int8_t * units, int n_units, int n_rows, int8_t * rows, int64_t row_size) {
+    for (int i = 0; i < n_rows; i++) {
+        for (int u = 0; u < n_units; u++) {
+            memcpy(rows + i * row_size + u * UNIT_COLS, units + u * UNIT + i * UNIT_COLS, UNIT_COLS);
         }
     }
-    for (int j = shortest; j < longest; j++) {
-        for (int l = 0; l < ref.n_lanes; l++) {
-            if (j < n_words[l]) {
-                d->words[l][j] = swap_bytes(*src++);
-            }
-        }
-    }
-    for (int l = 0; l < ref.n_lanes; l++) {
-        d->words[l][n_words[l]]     = 0;
-        d->words[l][n_words[l] + 1] = 0;
-    }
-    return src;
 }
 
-// A lane on its way.
-struct lane_state {
-    const uint8_t * bytes;
-    uint32_t        n_bytes;
-    uint32_t        pos;     // of the next code, in bits; runs past the end for wrong bits: at most 1024 codes of 15 bits
-    uint8_t       * out;
-    uint8_t       * end;     // of its symbols
-};
-
-static inline struct lane_state lane_start(struct ggml_entropy_decoder * d, struct tile_ref ref, int lane) {
-    struct lane_state s;
-    s.bytes   = (const uint8_t *) d->words[lane];
-    s.n_bytes = 4u * d->view.lane_words[ref.tile * LANES + lane];
-    s.pos     = 0;
-    s.out     = d->symbols[lane];
-    s.end     = s.out + ref.n_symbols;
-    return s;
-}
-
-// At least 57 bits from bit pos on, left-aligned; zeros behind the lane's end.
-static inline uint64_t lane_window(const struct lane_state * s) {
-    const uint8_t * p = s->bytes + MIN(s->pos >> 3, s->n_bytes);
-    const uint64_t bytes = (uint64_t) p[0] << 56 | (uint64_t) p[1] << 48 | (uint64_t) p[2] << 40 | (uint64_t) p[3] << 32
-                         | (uint64_t) p[4] << 24 | (uint64_t) p[5] << 16 | (uint64_t) p[6] <<  8 | (uint64_t) p[7];
-    return bytes << (s->pos & 7);
-}
-
-// One code through the slab's table.
-static inline void decode_one(const struct ggml_entropy_entry * table, struct lane_state * s, uint64_t window) {
-    const struct ggml_entropy_entry entry = table[window >> 56];
-    *s->out++ = (uint8_t) ((window >> (64 - entry.t)) + entry.bias);
-    s->pos   += entry.t;
-}
-
-// One run. *used counts the bits taken from the window since s->pos; it stays below 64, above are the counts of symbols, which do not matter.
-static inline void decode_run(const struct ggml_entropy_decoder * d, struct lane_state * s, uint64_t * window, uint32_t * used) {
-    const uint64_t run = d->runs[*window >> (64 - RUN_BITS)];
-    if ((run & 63) == 0) {
-        // rare: start from a fresh window, of which the code takes up to 15 bits and the runs that follow up to 33
-        s->pos += *used & 63;
-        *used   = 0;
-        const uint32_t before = s->pos;
-        *window = lane_window(s);
-        decode_one(d->view.table, s, *window);
-        *window <<= s->pos - before;
-        return;
-    }
-    // always four bytes: those behind the last symbol are overwritten by the next run, and there is one: see decode_four_lanes
-    const uint32_t symbols = (uint32_t) (run >> 32);
-    memcpy(s->out, &symbols, 4);
-    s->out   += (uint8_t) (run >> 8);
-    *window <<= run & 63;
-    *used    += (uint32_t) run;
-}
-
-// Lanes differ in how far a step brings them. As long as none is closer to its end than a step can go, all take steps together: four lanes,
-// because look-ups depend on each other within a lane only, and a core overlaps those of different lanes.
-static void decode_four_lanes(const struct ggml_entropy_decoder * d, struct lane_state s[4]) {
-    struct lane_state s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3];
-    for (;;) {
-        int64_t n_steps = MIN(MIN(s0.end - s0.out, s1.end - s1.out), MIN(s2.end - s2.out, s3.end - s3.out)) / STEP_MAX;
-        if (n_steps == 0) {
-            break;
-        }
-        for (; n_steps > 0; n_steps--) {
-            uint64_t w0 = lane_window(&s0), w1 = lane_window(&s1), w2 = lane_window(&s2), w3 = lane_window(&s3);
-            uint32_t u0 = 0, u1 = 0, u2 = 0, u3 = 0;
-            for (int i = 0; i < STEP_RUNS; i++) {
-                decode_run(d, &s0, &w0, &u0);
-                decode_run(d, &s1, &w1, &u1);
-                decode_run(d, &s2, &w2, &u2);
-                decode_run(d, &s3, &w3, &u3);
-            }
-            s0.pos += u0 & 63;
-            s1.pos += u1 & 63;
-            s2.pos += u2 & 63;
-            s3.pos += u3 & 63;
-        }
-    }
-    s[0] = s0;
-    s[1] = s1;
-    s[2] = s2;
-    s[3] = s3;
-}
-
-static void decode_rest(const struct ggml_entropy_decoder * d, struct lane_state * s) {
-    while (s->out < s->end) {
-        decode_one(d->view.table, s, lane_window(s));
-    }
-}
-
-// Symbols of the lanes [lane0, lane1) of a tile; end positions of these lanes in bits into end. Returns the words behind the tile's last.
-static const uint32_t * decode_lanes(struct ggml_entropy_decoder * d, struct tile_ref ref, int lane0, int lane1, uint32_t end[LANES]) {
-    const uint32_t * src = gather_tile(d, ref);
-    if (lane1 - lane0 >= 4 && !d->has_runs) {
-        make_runs(d);
-    }
-    int l = lane0;
-    for (; l + 4 <= lane1; l += 4) {
-        struct lane_state s[4] = { lane_start(d, ref, l), lane_start(d, ref, l + 1), lane_start(d, ref, l + 2), lane_start(d, ref, l + 3) };
-        decode_four_lanes(d, s);
-        for (int i = 0; i < 4; i++) {
-            decode_rest(d, &s[i]);
-            end[l + i] = s[i].pos;
-        }
-    }
-    for (; l < lane1; l++) {
-        struct lane_state s = lane_start(d, ref, l);
-        decode_rest(d, &s);
-        end[l] = s.pos;
-    }
-    return src;
-}
-
-void ggml_entropy_decoder_lanes(struct ggml_entropy_decoder * d, int64_t group, int64_t slice, int lane0, int lane1) {
-    uint32_t end[LANES];
-    decode_lanes(d, tile_at(&d->view, group, slice), lane0, lane1, end);
-}
-
-static struct ggml_entropy_decoder * decoder_new(const struct ggml_entropy_view * view) {
-    struct ggml_entropy_decoder * d = malloc(sizeof(*d));
-    if (d) {
-        ggml_entropy_decoder_open(d, view);
-    }
-    return d;
-}
-
-static void symbols_to_codes(int kind, const uint8_t * symbols, int n_symbols, int8_t * q) {
-    if (kind == GGML_ENTROPY_KIND_EQ8) {
-        for (int k = 0; k < n_symbols; k++) {
-            q[k] = (int8_t) (symbols[k] ^ 0x80); // u - 128
-        }
-        return;
-    }
-    for (int k = 0; k < n_symbols; k++) {
-        q[2 * k]     = (int8_t) ((symbols[k] & 15) - 8);
-        q[2 * k + 1] = (int8_t) ((symbols[k] >> 4) - 8);
-    }
+static int rows_of_group(const struct ggml_entropy_view * v, int64_t group) {
+    return (int) MIN(GROUP_ROWS, (int64_t) v->header.n_rows - group * GROUP_ROWS);
 }
 
 enum ggml_entropy_status ggml_entropy_decode_groups(const struct ggml_entropy_view * v, int64_t group0, int64_t group1, int8_t * q) {
     if (!range_is_valid(v, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    struct ggml_entropy_decoder * d = decoder_new(v);
-    if (!d) {
-        return GGML_ENTROPY_NO_MEMORY;
-    }
-    const struct ggml_entropy_header * h = v->header;
+    const int64_t n_cols = v->header.n_cols;
     for (int64_t group = group0; group < group1; group++) {
-        for (int64_t slice = 0; slice < v->n_slices; slice++) {
-            const struct tile_ref ref = tile_at(v, group, slice);
-            ggml_entropy_decoder_lanes(d, group, slice, 0, ref.n_lanes);
-            for (int l = 0; l < ref.n_lanes; l++) {
-                const int64_t row = (group - group0) * LANES + l;
-                symbols_to_codes(h->kind, d->symbols[l], ref.n_symbols, q + row * h->n_cols + slice * h->tile_cols);
-            }
+        struct ggml_entropy_stream s;
+        ggml_entropy_stream_open(v, group, &s);
+        int8_t * rows = q + (group - group0) * GROUP_ROWS * n_cols;
+        for (int64_t unit = 0; unit < v->n_units; unit += GGML_ENTROPY_MAX_UNITS) {
+            int8_t units[GGML_ENTROPY_MAX_UNITS * UNIT];
+            const int n_units = (int) MIN(GGML_ENTROPY_MAX_UNITS, v->n_units - unit);
+            ggml_entropy_decode_units(&v->header.code, &s, n_units, units);
+            units_to_rows(units, n_units, rows_of_group(v, group), rows + unit * UNIT_COLS, n_cols);
         }
     }
-    free(d);
     return GGML_ENTROPY_OK;
 }
 
 // ---- rows of other types -----------------------------------------------------------------------------------------------------------
 
-// Rows of the stock types (6.1). n_blocks blocks of 32 weights, symbols as decoded.
+uint16_t ggml_entropy_row_scale(const struct ggml_entropy_view * v, int64_t row) {
+    return v->scales ? v->scales[row] : v->header.scale;
+}
 
-static void symbols_to_q8_0(const uint8_t * symbols, int n_blocks, uint16_t d, block_q8_0 * dst) {
-    for (int i = 0; i < n_blocks; i++) {
+float ggml_entropy_row_offset(const struct ggml_entropy_view * v, int64_t row) {
+    return v->offsets ? v->offsets[row] : v->header.offset;
+}
+
+// Rows of the stock types (6.1): n codes, a multiple of 32.
+
+static void codes_to_q8_0(const int8_t * q, int n, uint16_t d, block_q8_0 * dst) {
+    for (int i = 0; i < n / QK8_0; i++) {
         dst[i].d = d;
-        for (int j = 0; j < QK8_0; j++) {
-            dst[i].qs[j] = (int8_t) (symbols[i * QK8_0 + j] ^ 0x80);
-        }
+        memcpy(dst[i].qs, q + i * QK8_0, QK8_0);
     }
 }
 
-// The nibbles of 32 weights: byte j holds weight j below and weight j + 16 above; a symbol holds weights 2k and 2k + 1.
-static void symbols_to_nibbles(const uint8_t * symbols, uint8_t * qs) {
-#ifdef HAVE_SSE2 // every x86-64; gcc does not find this for the loop below
-    const __m128i low   = _mm_set1_epi8(15);
-    const __m128i all   = _mm_loadu_si128((const __m128i *) symbols);
-    const __m128i even  = _mm_and_si128(all, low);
-    const __m128i odd   = _mm_and_si128(_mm_srli_epi16(all, 4), low);
-    const __m128i above = _mm_slli_epi16(_mm_unpackhi_epi8(even, odd), 4); // weights 16..31
-    _mm_storeu_si128((__m128i *) qs, _mm_or_si128(_mm_unpacklo_epi8(even, odd), above));
-#else
-    for (int k = 0; k < 8; k++) {
-        const uint8_t lo = symbols[k];
-        const uint8_t hi = symbols[k + 8];
-        qs[2 * k]     = (uint8_t) ((lo & 15) | (hi & 15) << 4);
-        qs[2 * k + 1] = (uint8_t) ((lo >> 4) | (hi & 0xf0));
+// Nibbles of 32 weights: byte j holds weight j below and weight j + 16 above.
+static void codes_to_nibbles(const int8_t * q, uint8_t * qs) {
+    for (int j = 0; j < 16; j++) {
+        qs[j] = (uint8_t) (((q[j] + 8) & 15) | ((q[j + 16] + 8) & 15) << 4);
     }
-#endif
 }
 
-static void symbols_to_q4_0(const uint8_t * symbols, int n_blocks, uint16_t d, block_q4_0 * dst) {
-    for (int i = 0; i < n_blocks; i++) {
+static void codes_to_q4_0(const int8_t * q, int n, uint16_t d, block_q4_0 * dst) {
+    for (int i = 0; i < n / QK4_0; i++) {
         dst[i].d = d;
-        symbols_to_nibbles(symbols + i * 16, dst[i].qs);
+        codes_to_nibbles(q + i * QK4_0, dst[i].qs);
     }
 }
 
-static void symbols_to_q4_1(const uint8_t * symbols, int n_blocks, uint16_t d, uint16_t m, block_q4_1 * dst) {
-    for (int i = 0; i < n_blocks; i++) {
+static void codes_to_q4_1(const int8_t * q, int n, uint16_t d, uint16_t m, block_q4_1 * dst) {
+    for (int i = 0; i < n / QK4_1; i++) {
         dst[i].d = d;
         dst[i].m = m;
-        symbols_to_nibbles(symbols + i * 16, dst[i].qs);
+        codes_to_nibbles(q + i * QK4_1, dst[i].qs);
     }
 }
 
-// All 256 weights an EQ8 symbol of a row can stand for.
+// All 256 weights an EQ8 code of a row can stand for, by the code plus 128.
 static void fill_f16_lut(float scale, float offset, uint16_t lut[256]) {
     for (int u = 0; u < 256; u++) {
         lut[u] = GGML_FP32_TO_FP16(scale * (float) (u - 128) + offset);
     }
 }
 
-static void symbols_to_f16(const uint8_t * symbols, int n, const uint16_t lut[256], uint16_t * dst) {
-    for (int k = 0; k < n; k++) {
-        dst[k] = lut[symbols[k]];
+enum ggml_entropy_status ggml_entropy_decode_groups_plain(
+        const struct ggml_entropy_view * v, int64_t group0, int64_t group1, enum ggml_type type, void * dst) {
+    const struct ggml_entropy_header * h = &v->header;
+    if (!range_is_valid(v, group0, group1) || (type != GGML_TYPE_F32 && type != ggml_entropy_plain_type(h))) {
+        return GGML_ENTROPY_BAD_ARGUMENT;
     }
-}
-
-static void symbols_to_f32(int kind, const uint8_t * symbols, int n_symbols, float scale, float offset, float * dst) {
-    if (kind == GGML_ENTROPY_KIND_EQ8) {
-        for (int k = 0; k < n_symbols; k++) {
-            dst[k] = scale * (float) (symbols[k] - 128) + offset;
-        }
-        return;
+    const int    n_cols   = (int) h->n_cols;
+    const size_t row_size = ggml_row_size(type, n_cols);
+    int8_t * codes = malloc((size_t) GROUP_ROWS * n_cols);
+    if (!codes) {
+        return GGML_ENTROPY_NO_MEMORY;
     }
-    for (int k = 0; k < n_symbols; k++) {
-        dst[2 * k]     = scale * (float) ((symbols[k] & 15) - 8) + offset;
-        dst[2 * k + 1] = scale * (float) ((symbols[k] >> 4) - 8) + offset;
-    }
-}
-
-float ggml_entropy_row_offset(const struct ggml_entropy_view * v, int64_t row) {
-    return v->offsets ? v->offsets[row] : v->header->offset;
-}
-
-void ggml_entropy_decoder_rows(
-        const struct ggml_entropy_decoder * d, int64_t group, int64_t slice, int lane0, int lane1, enum ggml_type type, void * dst, size_t row_size) {
-    const struct ggml_entropy_view   * v = &d->view;
-    const struct ggml_entropy_header * h = v->header;
-    const struct tile_ref ref = tile_at(v, group, slice);
-    const int n_cols   = ref.n_symbols * cols_per_symbol(h->kind);
-    const int n_blocks = n_cols / 32;
-
     uint16_t lut[256];
     const bool lut_is_shared = !v->scales && !v->offsets;
     if (type == GGML_TYPE_F16 && lut_is_shared) {
         fill_f16_lut(GGML_FP16_TO_FP32(h->scale), h->offset, lut);
     }
-    for (int l = lane0; l < lane1; l++) {
-        const int64_t  row    = group * LANES + l;
-        const uint16_t scale  = v->scales ? v->scales[row] : h->scale;
-        const float    offset = ggml_entropy_row_offset(v, row);
-        char * out = (char *) dst + (l - lane0) * row_size + ggml_row_size(type, slice * h->tile_cols);
-        switch (type) {
-            case GGML_TYPE_F32:
-                symbols_to_f32(h->kind, d->symbols[l], ref.n_symbols, GGML_FP16_TO_FP32(scale), offset, (float *) out);
-                break;
-            case GGML_TYPE_F16:
-                if (!lut_is_shared) {
-                    fill_f16_lut(GGML_FP16_TO_FP32(scale), offset, lut);
-                }
-                symbols_to_f16(d->symbols[l], n_cols, lut, (uint16_t *) out);
-                break;
-            case GGML_TYPE_Q8_0:
-                symbols_to_q8_0(d->symbols[l], n_blocks, scale, (block_q8_0 *) out);
-                break;
-            case GGML_TYPE_Q4_0:
-                symbols_to_q4_0(d->symbols[l], n_blocks, scale, (block_q4_0 *) out);
-                break;
-            case GGML_TYPE_Q4_1:
-                {
-                    uint16_t m;
-                    q4_1_min(GGML_FP16_TO_FP32(scale), offset, &m); // validated: exact
-                    symbols_to_q4_1(d->symbols[l], n_blocks, scale, m, (block_q4_1 *) out);
-                } break;
-            default:
-                GGML_ABORT("no rows of type %s", ggml_type_name(type));
-        }
-    }
-}
-
-enum ggml_entropy_status ggml_entropy_decode_groups_plain(const struct ggml_entropy_view * v, int64_t group0, int64_t group1, void * dst) {
-    if (!range_is_valid(v, group0, group1)) {
-        return GGML_ENTROPY_BAD_ARGUMENT;
-    }
-    struct ggml_entropy_decoder * d = decoder_new(v);
-    if (!d) {
-        return GGML_ENTROPY_NO_MEMORY;
-    }
-    const enum ggml_type type     = ggml_entropy_plain_type(v->header);
-    const size_t         row_size = ggml_row_size(type, v->header->n_cols);
     for (int64_t group = group0; group < group1; group++) {
-        char * rows = (char *) dst + (group - group0) * LANES * row_size;
-        for (int64_t slice = 0; slice < v->n_slices; slice++) {
-            const int n_lanes = tile_at(v, group, slice).n_lanes;
-            ggml_entropy_decoder_lanes(d, group, slice, 0, n_lanes);
-            ggml_entropy_decoder_rows(d, group, slice, 0, n_lanes, type, rows, row_size);
+        ggml_entropy_decode_groups(v, group, group + 1, codes);
+        for (int i = 0; i < rows_of_group(v, group); i++) {
+            const int64_t  row    = group * GROUP_ROWS + i;
+            const int8_t * q      = codes + (int64_t) i * n_cols;
+            const uint16_t scale  = ggml_entropy_row_scale(v, row);
+            const float    d      = GGML_FP16_TO_FP32(scale);
+            const float    offset = ggml_entropy_row_offset(v, row);
+            void * out = (char *) dst + (row - group0 * GROUP_ROWS) * row_size;
+            switch (type) {
+                case GGML_TYPE_F32:
+                    for (int j = 0; j < n_cols; j++) {
+                        ((float *) out)[j] = d * (float) q[j] + offset;
+                    }
+                    break;
+                case GGML_TYPE_F16:
+                    if (!lut_is_shared) {
+                        fill_f16_lut(d, offset, lut);
+                    }
+                    for (int j = 0; j < n_cols; j++) {
+                        ((uint16_t *) out)[j] = lut[(uint8_t) (q[j] ^ 0x80)];
+                    }
+                    break;
+                case GGML_TYPE_Q8_0:
+                    codes_to_q8_0(q, n_cols, scale, (block_q8_0 *) out);
+                    break;
+                case GGML_TYPE_Q4_0:
+                    codes_to_q4_0(q, n_cols, scale, (block_q4_0 *) out);
+                    break;
+                default:
+                    {
+                        uint16_t m;
+                        q4_1_min(d, offset, &m); // validated: exact
+                        codes_to_q4_1(q, n_cols, scale, m, (block_q4_1 *) out);
+                    } break;
+            }
         }
     }
-    free(d);
+    free(codes);
     return GGML_ENTROPY_OK;
 }
 
 // ---- verification ------------------------------------------------------------------------------------------------------------------
 
-enum ggml_entropy_status ggml_entropy_verify_hash(const struct ggml_entropy_view * v) {
-    return slab_hash(v->header) == v->header->hash ? GGML_ENTROPY_OK : GGML_ENTROPY_BAD_HASH;
+uint64_t ggml_entropy_seed(const char * name, int64_t i_slab) {
+    return XXH64(name, strlen(name), 0) + (uint64_t) i_slab;
+}
+
+enum ggml_entropy_status ggml_entropy_verify_hash(const struct ggml_entropy_view * v, const void * slab, uint64_t seed) {
+    return slab_hash(slab, v->header.slab_size, seed) == v->header.hash ? GGML_ENTROPY_OK : GGML_ENTROPY_BAD_HASH;
+}
+
+// Rows that fill up the last group hold r = 0.
+static bool fill_is_zero(int raw_bits, const uint8_t * raw, int64_t n_units, int n_rows) {
+    for (int64_t u = 0; u < n_units && n_rows < GROUP_ROWS; u++, raw += 8 * raw_bits) {
+        uint8_t r[UNIT];
+        unpack_raw(raw_bits, raw, r);
+        if (!all_zero(r + n_rows * UNIT_COLS, UNIT - n_rows * UNIT_COLS)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 enum ggml_entropy_status ggml_entropy_verify_groups(const struct ggml_entropy_view * v, int64_t group0, int64_t group1) {
     if (!range_is_valid(v, group0, group1)) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
-    struct ggml_entropy_decoder * d = decoder_new(v);
-    if (!d) {
-        return GGML_ENTROPY_NO_MEMORY;
-    }
-    enum ggml_entropy_status st = GGML_ENTROPY_OK;
-    for (int64_t group = group0; group < group1 && st == GGML_ENTROPY_OK; group++) {
-        for (int64_t slice = 0; slice < v->n_slices && st == GGML_ENTROPY_OK; slice++) {
-            const struct tile_ref ref = tile_at(v, group, slice);
-            uint32_t end[LANES];
-            const uint32_t * src = decode_lanes(d, ref, 0, ref.n_lanes, end);
-            for (int l = 0; l < ref.n_lanes; l++) {
-                const uint32_t n = v->lane_words[ref.tile * LANES + l];
-                const uint32_t rest = end[l] & 31; // bits of the last word that are codes
-                if ((end[l] + 31) / 32 != n || (rest != 0 && (swap_bytes(d->words[l][n - 1]) << rest) != 0)) {
-                    st = GGML_ENTROPY_BAD_STREAM;
-                }
-            }
-            // up to three words align the next tile
-            const uint64_t next = align_up((uint64_t) (src - v->bitstream), 4);
-            if (!all_zero((const uint8_t *) src, 4 * (next - (uint64_t) (src - v->bitstream)))) {
-                st = GGML_ENTROPY_BAD_STREAM;
-            }
+    for (int64_t group = group0; group < group1; group++) {
+        struct ggml_entropy_stream s;
+        ggml_entropy_stream_open(v, group, &s);
+        const uint8_t * const end = s.far;
+        if (!fill_is_zero(v->header.code.raw_bits, s.raw, v->n_units, rows_of_group(v, group))) {
+            return GGML_ENTROPY_BAD_STREAM;
+        }
+        // from one look at the end to the next: a position beyond it must not be moved back unseen
+        for (int64_t unit = 0; unit < v->n_units && s.pos <= s.end; unit += GGML_ENTROPY_CLAMP_UNITS) {
+            int8_t units[GGML_ENTROPY_CLAMP_UNITS * UNIT];
+            ggml_entropy_decode_units(&v->header.code, &s, GGML_ENTROPY_CLAMP_UNITS, units);
+        }
+        // between tail and far stream: the rest of a byte and up to 7 whole ones, all zero
+        const uint8_t * rest = s.tail + (s.pos >> 3);
+        const int       used = s.pos & 7;
+        if (s.n_far != end - s.far || s.pos > (uint64_t) (s.far - s.tail) * 8 || (used != 0 && *rest >> used != 0)) {
+            return GGML_ENTROPY_BAD_STREAM;
+        }
+        rest += used != 0;
+        if (s.far - rest >= 8 || !all_zero(rest, (uint64_t) (s.far - rest))) {
+            return GGML_ENTROPY_BAD_STREAM;
         }
     }
-    free(d);
-    return st;
+    return GGML_ENTROPY_OK;
 }
 
-enum ggml_entropy_status ggml_entropy_verify_padding(const struct ggml_entropy_view * v) {
-    const struct ggml_entropy_header * h = v->header;
-    const uint8_t * base = (const uint8_t *) h;
-    // end of each section that is present; the next starts at the multiple of 256 behind it
+enum ggml_entropy_status ggml_entropy_verify_padding(const struct ggml_entropy_view * v, const void * slab) {
+    const struct ggml_entropy_header * h = &v->header;
+    const uint8_t * base = (const uint8_t *) slab;
+    // end of each section that is present; the next starts at the multiple of 64 behind it
     const uint64_t ends[] = {
         h->scales_at  ? h->scales_at  + (uint64_t) h->n_rows * 2 : 0,
         h->offsets_at ? h->offsets_at + (uint64_t) h->n_rows * 4 : 0,
-        h->word_offsets_at + (uint64_t) h->n_tiles * 4,
-        h->lane_words_at   + (uint64_t) h->n_tiles * LANES,
+        h->index_at + (uint64_t) v->n_groups * sizeof(uint32_t),
     };
     for (size_t i = 0; i < sizeof(ends) / sizeof(ends[0]); i++) {
-        if (!all_zero(base + ends[i], ends[i] == 0 ? 0 : align_up(ends[i], GGML_ENTROPY_ALIGN) - ends[i])) {
+        if (!all_zero(base + ends[i], ends[i] == 0 ? 0 : align_up(ends[i], SECTION) - ends[i])) {
             return GGML_ENTROPY_BAD_RESERVED;
         }
     }
-    const uint64_t end = h->bitstream_at + 4 * h->bitstream_words;
+    const uint64_t end = h->body_at + h->body_size;
     return all_zero(base + end, h->slab_size - end) ? GGML_ENTROPY_OK : GGML_ENTROPY_BAD_RESERVED;
 }
-

@@ -45,8 +45,10 @@ static bool gguf_entropy_read_size(const reader & gr, uint64_t data_offset, size
         }
     }
     if (status != GGML_ENTROPY_OK) {
-        GGML_LOG_ERROR("%s: tensor '%s' of type %s: %s: run `entrollm verify FILE`; convert or download the file again\n",
-            __func__, t.name, ggml_type_name(t.type), ggml_entropy_status_str(status));
+        // the reason of an old file names the remedy itself
+        const char * remedy = status == GGML_ENTROPY_OLD_VERSION ? "" : ": run `entrollm verify FILE`; convert or download the file again";
+        GGML_LOG_ERROR("%s: tensor '%s' of type %s: %s%s\n",
+            __func__, t.name, ggml_type_name(t.type), ggml_entropy_status_str(status), remedy);
         return false;
     }
     return true;

@@ -27,10 +27,16 @@ GGML_ENTROPY_TYPES: dict[GGMLQuantizationType, int] = {
 
 ENTROPY_ALIGN = 256  # of slabs, and the largest general.alignment
 ENTROPY_HEADER_SIZE = 256
+ENTROPY_SLACK = 256  # zero bytes behind the body
 ENTROPY_MAX_SLAB = 1 << 46  # as in the codec
+ENTROPY_MAX_BODY = (1 << 35) - 8
+ENTROPY_GROUP_ROWS = 16
 
-# magic, version, kind, reserved, hash, slab_size, n_cols, n_rows, n_slabs, (60 bytes), bitstream_at, bitstream_words
-_HEADER = struct.Struct("<4sHBBQQIII60xQQ")
+_OLD_MAGIC = b"EQT1"
+_MAGIC = b"EQTP"
+_VERSION = 2
+# magic, version, kind, (9 bytes), slab_size, n_cols, n_rows, n_slabs, (44 bytes), body_at, body_size, raw_bits
+_HEADER = struct.Struct("<4sHB9xQIII44xQQB")
 
 
 def entropy_check_file(name: str, alignment: int, endianess: GGUFEndian) -> None:
@@ -53,17 +59,23 @@ def entropy_n_bytes(
     raw = np.asarray(data[offset : offset + ENTROPY_HEADER_SIZE]).tobytes()
     if len(raw) < ENTROPY_HEADER_SIZE:
         raise ValueError(f"Tensor {name!r}: the file ends before its data")
-    magic, version, kind, _, _, slab_size, n_cols, n_rows, n_slabs, bitstream_at, bitstream_words = _HEADER.unpack_from(raw)
-    if magic != b"EQT1" or version != 1 or kind != GGML_ENTROPY_TYPES[ggml_type]:
-        raise ValueError(f"Tensor {name!r}: no {ggml_type.name} data of format version 1")
+    magic, version, kind, slab_size, n_cols, n_rows, n_slabs, body_at, body_size, raw_bits = _HEADER.unpack_from(raw)
+    if magic == _OLD_MAGIC:
+        raise ValueError(f"Tensor {name!r}: format version 1, which is no longer read: convert the model again")
+    if magic != _MAGIC or version != _VERSION or kind != GGML_ENTROPY_TYPES[ggml_type]:
+        raise ValueError(f"Tensor {name!r}: no {ggml_type.name} data of format version {_VERSION}")
     ne = [int(dim) for dim in dims] + [1] * (4 - len(dims))
     if [n_cols, n_rows, n_slabs, 1] != ne or min(ne) < 1:
         raise ValueError(f"Tensor {name!r}: its data is for the shape {[n_cols, n_rows, n_slabs]}, the file says {ne}")
-    min_size = bitstream_at + 4 * bitstream_words + ENTROPY_ALIGN  # with the slack
+    # a body holds the raw bits of all its weights, so that a small file cannot claim a huge matrix
+    min_body = -(-n_rows // ENTROPY_GROUP_ROWS) * n_cols * 2 * raw_bits
+    min_size = -(-(body_at + body_size) // ENTROPY_ALIGN) * ENTROPY_ALIGN + ENTROPY_SLACK
     if (
         slab_size % ENTROPY_ALIGN != 0
+        or not 1 <= raw_bits <= 8
+        or not min_body <= body_size <= ENTROPY_MAX_BODY
         or not min_size <= slab_size <= ENTROPY_MAX_SLAB
-        or (n_slabs == 1 and slab_size >= min_size + ENTROPY_ALIGN)
+        or (n_slabs == 1 and slab_size != min_size)
     ):
         raise ValueError(f"Tensor {name!r}: impossible slab size {slab_size}")
     n_bytes = slab_size * n_slabs

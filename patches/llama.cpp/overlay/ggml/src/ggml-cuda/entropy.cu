@@ -11,6 +11,10 @@
 // GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID); and
 // GGML_ENTROPY_CUDA_LOAD=host, so that load mode decodes on the host.
 //
+// Weights in a device's memory are in the device layout (ggml-entropy-lanes.h), which the model loader makes while it uploads them; in host
+// memory they are in the layout of the file. So the scheduler may not copy weights from host memory to a device for a large batch, as it
+// does with stock types (op offload): supports_op says no for them.
+//
 // The host knows type, ne and nb of a weight and nothing of its payload: reading a header would mean waiting. So kernels look for
 // themselves what tile_cols is and whether there are offsets.
 
@@ -114,18 +118,27 @@ static void mat_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_ten
             n_rows[i] = w->ne[1];
         }
     }
-    args.columns = { blocks.get(), ggml_nrows(x), (int) x->ne[0] };
-    entropy_launch_quantize<TYPE>(launcher, { { args.payload[0], args.payload[1] }, source_of(x), args.columns });
-
     const ggml_tensor * w = dst->src[0];
+    args.columns = { blocks.get(), ggml_nrows(x), (int) x->ne[0] };
+    entropy_routes routes = {};
+    if (ids != nullptr) {
+        routes = {
+            (const int32_t *) ids->data, (int64_t) (ids->nb[0]/sizeof(int32_t)), (int64_t) (ids->nb[1]/sizeof(int32_t)),
+            (int) ids->ne[0], (int) w->ne[2],
+        };
+    }
+    entropy_launch_quantize<TYPE>(launcher, {
+        { args.payload[0], args.payload[1] }, { args.slab_stride[0], args.slab_stride[1] }, routes, source_of(x), args.columns,
+    });
+
     args.n1              = x->ne[1];
     args.n2              = x->ne[2];
     args.planes_per_slab = 1;
     if (ids != nullptr) {
-        args.ids       = (const int32_t *) ids->data;
-        args.ids_s0    = ids->nb[0]/sizeof(int32_t);
-        args.ids_s1    = ids->nb[1]/sizeof(int32_t);
-        args.n_experts = (int) w->ne[2];
+        args.ids       = routes.ids;
+        args.ids_s0    = routes.s0;
+        args.ids_s1    = routes.s1;
+        args.n_experts = routes.n_experts;
         entropy_launch_mat_vec<TYPE>(launcher, args, 1, n_rows, ids->ne[0], ids->ne[1], tuning_of(ctx.device));
     } else {
         args.planes_per_slab = (int) (x->ne[2]/w->ne[2]);
@@ -373,13 +386,16 @@ static bool has_dp4a() {
     return true;
 }
 
-// Exactly what the functions above do. The buffer is asked by the scheduler.
+// Exactly what the functions above do. Weights without a buffer are still to be allocated, on this device.
 static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     if (op->op == GGML_OP_NONE) {
         return true;
     }
     const ggml_tensor * w = op->src[0];
     if (w == nullptr || !ggml_entropy_is_type(w->type) || w->ne[3] != 1 || op->type != GGML_TYPE_F32) {
+        return false;
+    }
+    if (w->buffer != nullptr && ggml_backend_buffer_is_host(w->buffer)) {
         return false;
     }
     for (int i = 1; i < GGML_MAX_SRC; i++) {
@@ -402,9 +418,9 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     }
 }
 
-// Decode a validated payload from host memory into a tensor on a device: the small file crosses the bus and the device does the work. Waits
-// until it is done. False if dst is not simply memory of a device, if memory is short, or by the switch: then the host decodes.
-static bool decode_to(const ggml_tensor * coded, const void * payload, ggml_tensor * dst) {
+// Decode a payload in the device layout from host memory into a tensor on a device: few bytes cross the bus and the device does the work.
+// Waits until it is done. False if dst is not simply memory of a device, if memory is short, or by the switch: then the host decodes.
+static bool decode_to(const ggml_tensor * coded, const void * payload, const ggml_tensor * dst) {
     const char * env = std::getenv("GGML_ENTROPY_CUDA_LOAD");
     if (env != nullptr && std::strcmp(env, "host") == 0) {
         return false;
@@ -413,6 +429,9 @@ static bool decode_to(const ggml_tensor * coded, const void * payload, ggml_tens
     if (cudaPointerGetAttributes(&where, dst->data) != cudaSuccess || where.type != cudaMemoryTypeDevice) {
         (void) cudaGetLastError(); // not an error of ours
         return false;
+    }
+    if (payload == nullptr) {
+        return true;
     }
     ggml_cuda_set_device(where.device);
     const size_t n_bytes = ggml_nbytes(coded);

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "common.cuh"
-#include "../ggml-entropy.h"
+#include "../ggml-entropy-lanes.h"
 
 typedef void (*ggml_cuda_mul_mat_t)(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 

@@ -2,21 +2,26 @@
 //
 // Ops with entropy-coded weights on the CPU; see entropy-cpu.h.
 //
-// MUL_MAT and MUL_MAT_ID in three steps: quantize the columns of src1 to Q8_0, as ggml does for Q8_0 and Q4_0 weights; then threads take
-// row groups from a counter; a row group is decoded once, into 32 rows of Q8_0 (EQ8) or Q4_0 (EQ4) in the thread's scratch, and
-// multiplied with every column. So weights without offsets give the very sums of a stock Q8_0 or Q4_0 tensor.
+// MUL_MAT and MUL_MAT_ID in three steps: quantize the columns of src1 to int8, as ggml does for Q8_0 weights; then threads take groups of 16
+// rows from a counter; a group is decoded 256 columns at a time into 4 KB that stay in the L1 cache, and multiplied from there with up to 512
+// columns of src1 (for more it is decoded again). Sums are the 16 rows' own until the end, where the rows' scales come in.
 //
-// Weights with offsets stand in for F16 and Q4_1. The offsets are left out of the rows and added at the end: w = s*q + o gives
-// sum(w*x) = sum(s*q*x) + o*sum(x), with sum(x) over the quantized x. And a column is quantized twice, first itself and then what the
+// Weights with offsets stand in for F16 and Q4_1. The offsets are left out of the products and added at the end: w = s*q + o gives
+// sum(w*x) = s*sum(q*x) + o*sum(x), with sum(x) over the quantized x. And a column is quantized twice, first itself and then what the
 // first time left over, which makes it nearly exact: 8 bits alone cost 0.5 % of perplexity against F16 (docs/decisions.md).
 //
-// The scratch of a thread (whole rows of one group, 34 bytes for 32 columns: 139 KB for 4096 columns, and a decoder of 82 KB) is meant to stay in
-// its L2 cache. Everything stands in the graph's work buffer; nothing is allocated here.
+// A weight in the device layout can come here, too: the scheduler copies one from a GPU for an op that the GPU does not do, and test-backend-ops
+// copies all. Such slabs are decoded row by row, plainly.
 //
-// Payloads were validated when the model was loaded (llama-entropy.cpp); headers are read again here only to find the sections.
+// Everything stands in the graph's work buffer. Payloads were validated when the model was loaded
+// (llama-entropy.cpp). A file that is mapped can change after that: so a slab's header is checked again whenever it is opened, and all that
+// follows is bounded by that copy.
 
 #include "entropy-cpu.h"
 #include "entropy-kernel.h"
+
+#include "ggml-cpu.h"
+#include "../../ggml-entropy-lanes.h"
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
@@ -26,15 +31,15 @@
 #include <cstdint>
 #include <cstring>
 
-static constexpr int LANES = GGML_ENTROPY_LANES;
+static constexpr int ROWS  = GGML_ENTROPY_GROUP_ROWS;
+static constexpr int UNIT  = GGML_ENTROPY_UNIT;
+static constexpr int CHUNK = GGML_ENTROPY_MAX_UNITS; // units that are decoded at a time
 
-// Q8_0 blocks that stand for one block of a column, if the weights have offsets.
-static constexpr int N_TERMS = 2;
+// int8 columns that stand for one column, if the weights have offsets.
+static constexpr int MAX_TERMS = 2;
 
-// Columns of src1 that are multiplied at a time. As a matrix product: 64 of them and the rows of a group are 410 KB for 4096 weights a row,
-// about an L2 cache. One by one: 8 columns and a row fit in an L1 cache for up to 3000 weights a row.
-static constexpr int COLUMN_BLOCK     = 64;
-static constexpr int COLUMN_BLOCK_DOT = 8;
+// Columns of src1 that a decoded chunk is multiplied with: their parts of 256 values and their sums are 160 KB for each term.
+static constexpr int COLUMN_BLOCK = 512;
 
 static bool is_mine(const ggml_tensor * op) {
     switch (op->op) {
@@ -94,32 +99,47 @@ struct route {
 
 // Parts of the work buffer, in bytes from its start. Columns, their sums and the routes are shared; then comes a scratch for each thread.
 struct work_layout {
-    size_t column_size = 0; // of a column of src1 as Q8_0; N_TERMS times all columns
-    size_t row_size    = 0; // of a decoded row
-    size_t sums        = 0; // float [n_columns]
-    size_t first_route = 0; // int32_t [n_experts + 1]
-    size_t active      = 0; // int32_t [n_experts]: those with routes
-    size_t routes      = 0; // route [n_routes]
-    size_t threads     = 0;
-    size_t thread_size = 0; // ggml_entropy_decoder, decoded rows
-    size_t end         = 0;
+    int64_t n_columns   = 0; // of src1
+    size_t  values      = 0; // int8_t [MAX_TERMS][n_columns][ne0]
+    size_t  scales      = 0; // float  [MAX_TERMS][n_columns][ne0/32]
+    size_t  totals      = 0; // float  [n_columns]: of the values of each
+    size_t  first_route = 0; // int32_t [n_experts + 1]
+    size_t  active      = 0; // int32_t [n_experts]: those with routes
+    size_t  routes      = 0; // route [n_routes]
+    size_t  threads     = 0;
+    size_t  thread_size = 0;
+    size_t  end         = 0;
+
+    // in a thread's scratch
+    size_t  units       = 0; // int8_t [CHUNK][UNIT]
+    size_t  rows        = 0; // 16 rows of codes; also a column of floats and one of block_q8_0 while columns are quantized
+    size_t  index       = 0; // int32_t [n_block*MAX_TERMS]
+    size_t  results     = 0; // float * [n_block]
+    size_t  sums        = 0; // float [n_block*MAX_TERMS][ROWS]
 
     work_layout(const ggml_tensor * op, int n_threads) {
         const ggml_tensor * w = op->src[0];
         const ggml_tensor * x = op->src[1];
+        int64_t n_block = 0;
         if (op->op != GGML_OP_GET_ROWS) {
-            column_size = ggml_row_size(GGML_TYPE_Q8_0, x->ne[0]);
-            row_size    = ggml_row_size(w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0, w->ne[0]);
-            sums        = part(0, column_size*ggml_nrows(x)*N_TERMS);
-            first_route = part(sums, sizeof(float)*ggml_nrows(x));
-            active = routes = threads = first_route;
+            n_columns   = ggml_nrows(x);
+            n_block     = std::min<int64_t>(COLUMN_BLOCK, op->op == GGML_OP_MUL_MAT_ID ? ggml_nelements(op->src[2]) : n_columns);
+            scales      = part(values, MAX_TERMS*n_columns*x->ne[0]);
+            totals      = part(scales, MAX_TERMS*n_columns*(x->ne[0]/QK8_0)*sizeof(float));
+            threads     = part(totals, n_columns*sizeof(float));
+            GGML_ASSERT(MAX_TERMS*n_columns <= INT32_MAX); // as their numbers are
         }
         if (op->op == GGML_OP_MUL_MAT_ID) {
-            active  = part(first_route, sizeof(int32_t)*(w->ne[2] + 1));
-            routes  = part(active,      sizeof(int32_t)*w->ne[2]);
-            threads = part(routes,      sizeof(route)*ggml_nelements(op->src[2]));
+            first_route = threads;
+            active      = part(first_route, sizeof(int32_t)*(w->ne[2] + 1));
+            routes      = part(active,      sizeof(int32_t)*w->ne[2]);
+            threads     = part(routes,      sizeof(route)*ggml_nelements(op->src[2]));
         }
-        thread_size = part(GGML_PAD(sizeof(ggml_entropy_decoder), 64), row_size*LANES);
+        rows        = part(units,   CHUNK*UNIT);
+        index       = part(rows,    ROWS*w->ne[0]);
+        results     = part(index,   n_block*MAX_TERMS*sizeof(int32_t));
+        sums        = part(results, n_block*sizeof(float *));
+        thread_size = part(sums,    n_block*MAX_TERMS*ROWS*sizeof(float));
         end         = threads + thread_size*n_threads;
     }
 
@@ -135,22 +155,19 @@ struct worker {
     ggml_compute_params       * params;
     const ggml_tensor         * w;
     const ggml_tensor         * x;
-    bool                        has_offset; // all slabs alike
     work_layout                 layout;
     const ggml_entropy_kernel & kernel;
-    ggml_entropy_decoder      * decoder;
-    char                      * rows;
-    int64_t                     i_slab = -1; // that the decoder is open for
+    int                         n_terms  = MAX_TERMS;
+    int64_t                     i_slab   = -1; // that is open
+    bool                        is_lanes = false;
+    ggml_entropy_view           view;          // of a slab in planes
+    ggml_entropy_lanes_header   lanes;         // of one in lanes
 
     worker(ggml_compute_params * params, const ggml_tensor * op) :
-            params(params), w(op->src[0]), x(op->src[1]),
-            has_offset(((const ggml_entropy_header *) w->data)->offset_mode != GGML_ENTROPY_OFFSET_NONE), layout(op, params->nth),
+            params(params), w(op->src[0]), x(op->src[1]), layout(op, params->nth),
             kernel(params->use_ref ? *ggml_entropy_kernel_find("ref") : ggml_entropy_kernel_active()) {
         // aligned here: the caller's work buffer may start anywhere
         GGML_ASSERT(params->wsize >= layout.end + 64);
-        char * scratch = base() + layout.threads + layout.thread_size*params->ith;
-        decoder = (ggml_entropy_decoder *) scratch;
-        rows    = scratch + GGML_PAD(sizeof(ggml_entropy_decoder), 64);
     }
 
     char * base() const {
@@ -158,46 +175,121 @@ struct worker {
     }
 
     template <typename T>
-    T * at(size_t offset) const {
+    T * shared(size_t offset) const {
         return (T *) (base() + offset);
+    }
+
+    template <typename T>
+    T * own(size_t offset) const {
+        return (T *) (base() + layout.threads + layout.thread_size*params->ith + offset);
+    }
+
+    const char * slab(int64_t i) const {
+        return (const char *) w->data + i*w->nb[2];
+    }
+
+    // Weights of a model in host memory are planes: they may be a mapped file, which does not get to choose another layout later. Lanes come
+    // in the scheduler's copies, which nobody else writes.
+    bool may_be_lanes() const {
+        return w->buffer == nullptr || ggml_backend_buffer_get_usage(w->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+            || !ggml_backend_buffer_is_host(w->buffer);
     }
 
     void open(int64_t i) {
         if (i_slab == i) {
             return;
         }
-        ggml_entropy_view view;
-        const ggml_entropy_status status = ggml_entropy_open((const char *) w->data + i*w->nb[2], w->nb[2], &view);
-        if (status != GGML_ENTROPY_OK) {
-            GGML_ABORT("tensor '%s': %s; it was not validated or its memory was overwritten", w->name, ggml_entropy_status_str(status));
+        i_slab   = i;
+        is_lanes = may_be_lanes() && ggml_entropy_is_lanes(slab(i));
+        ggml_entropy_status status = GGML_ENTROPY_OK;
+        if (is_lanes) {
+            std::memcpy(&lanes, slab(i), sizeof(lanes));
+            status = check(lanes.n_cols, lanes.n_rows, lanes.kind, lanes.offset_mode);
+        } else {
+            status = ggml_entropy_open(slab(i), w->nb[2], &view);
+            if (status == GGML_ENTROPY_OK) {
+                status = check(view.header.n_cols, view.header.n_rows, view.header.kind, view.header.offset_mode);
+            }
         }
-        ggml_entropy_decoder_open(decoder, &view);
-        i_slab = i;
+        if (status != GGML_ENTROPY_OK) {
+            GGML_ABORT("tensor '%s': %s; its file or memory changed after the model was loaded", w->name, ggml_entropy_status_str(status));
+        }
     }
 
-    const block_q8_0 * column(int term, int64_t i) const {
-        return at<block_q8_0>(layout.column_size*(term*ggml_nrows(x) + i));
+    // A header against the tensor, and against the terms that columns were quantized to.
+    ggml_entropy_status check(int64_t n_cols, int64_t n_rows, int kind, int offset_mode) const {
+        if (n_cols != w->ne[0] || n_rows != w->ne[1] || (kind == GGML_ENTROPY_KIND_EQ8) != (w->type == GGML_TYPE_EQ8)) {
+            return GGML_ENTROPY_BAD_SHAPE;
+        }
+        return offset_mode != GGML_ENTROPY_OFFSET_NONE && n_terms != MAX_TERMS ? GGML_ENTROPY_BAD_MODE : GGML_ENTROPY_OK;
     }
 
-    int n_lanes(int64_t group) const {
-        return (int) std::min<int64_t>(LANES, w->ne[1] - group*LANES);
+    // Does the open slab have offsets?
+    bool has_offset() const {
+        return (is_lanes ? lanes.offset_mode : view.header.offset_mode) != GGML_ENTROPY_OFFSET_NONE;
+    }
+
+    // Scale and offset of a row of the open slab.
+    void grid_of(int64_t row, float * scale, float * offset) const {
+        if (is_lanes) {
+            ggml_entropy_lanes_row_grid(slab(i_slab), row, scale, offset);
+            return;
+        }
+        *scale  = GGML_FP16_TO_FP32(ggml_entropy_row_scale(&view, row));
+        *offset = ggml_entropy_row_offset(&view, row);
+    }
+
+    int n_rows(int64_t group) const {
+        return (int) std::min<int64_t>(ROWS, w->ne[1] - group*ROWS);
+    }
+};
+
+// The units of a row group of the open slab, a chunk at a time.
+struct group_reader {
+    worker            & wk;
+    ggml_entropy_stream stream;
+
+    group_reader(worker & wk, int64_t group) : wk(wk) {
+        if (!wk.is_lanes) {
+            ggml_entropy_stream_open(&wk.view, group, &stream);
+            return;
+        }
+        for (int row = 0; row < ROWS; row++) {
+            int8_t * codes = wk.own<int8_t>(wk.layout.rows) + row*wk.w->ne[0];
+            if (row < wk.n_rows(group)) {
+                ggml_entropy_lanes_decode_row(wk.slab(wk.i_slab), group*ROWS + row, codes);
+            } else {
+                std::memset(codes, 0, wk.w->ne[0]);
+            }
+        }
+    }
+
+    // The units from column `first` on; chunks are read in order.
+    const int8_t * read(int64_t first, int n_units) {
+        int8_t * units = wk.own<int8_t>(wk.layout.units);
+        if (!wk.is_lanes) {
+            wk.kernel.decode(&wk.view.header.code, &stream, n_units, units);
+            return units;
+        }
+        for (int u = 0; u < n_units; u++) {
+            for (int row = 0; row < ROWS; row++) {
+                std::memcpy(units + u*UNIT + 4*row, wk.own<int8_t>(wk.layout.rows) + row*wk.w->ne[0] + first + 4*u, 4);
+            }
+        }
+        return units;
+    }
+
+    // f(units, number of units, first column) for the whole group
+    template <typename F>
+    void each_chunk(const F & f) {
+        for (int64_t first = 0; first < wk.w->ne[0]; first += CHUNK*GGML_ENTROPY_UNIT_COLS) {
+            const int n_units = (int) std::min<int64_t>(CHUNK, (wk.w->ne[0] - first)/GGML_ENTROPY_UNIT_COLS);
+            f(read(first, n_units), n_units, first);
+        }
     }
 };
 
 // ---- matrix multiplication ---------------------------------------------------------------------------------------------------------
-
-// Sum of a column as the kernels see it, in float: the sum that block_q8_1 carries is an f16, too coarse for large offsets.
-static float sum_of(const block_q8_0 * x, int64_t n_blocks) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < n_blocks; i++) {
-        int q = 0;
-        for (int j = 0; j < QK8_0; j++) {
-            q += x[i].qs[j];
-        }
-        sum += GGML_FP16_TO_FP32(x[i].d) * (float) q;
-    }
-    return sum;
-}
 
 // What a Q8_0 column leaves over of the floats it was made from.
 static void subtract(const float * from, const block_q8_0 * x, int64_t n_blocks, float * rest) {
@@ -209,103 +301,98 @@ static void subtract(const float * from, const block_q8_0 * x, int64_t n_blocks,
     }
 }
 
-// Columns of src1, in the order of i11, i12, i13, to Q8_0; threads share them.
+// A column as blocks into values and scales. Returns the sum of what they stand for.
+static float split_blocks(const block_q8_0 * from, int64_t n_blocks, int8_t * values, float * scales) {
+    float total = 0.0f;
+    for (int64_t i = 0; i < n_blocks; i++) {
+        scales[i] = GGML_FP16_TO_FP32(from[i].d);
+        std::memcpy(values + i*QK8_0, from[i].qs, QK8_0);
+        int sum = 0;
+        for (int j = 0; j < QK8_0; j++) {
+            sum += from[i].qs[j];
+        }
+        total += scales[i]*(float) sum;
+    }
+    return total;
+}
+
+// Columns of src1, in the order of i11, i12, i13, to int8; threads share them.
 static void quantize_columns(worker & wk) {
     const ggml_from_float_t quantize = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
     const ggml_tensor * x = wk.x;
-    const int64_t n_blocks = x->ne[0]/QK8_0;
-    for (int64_t c = wk.params->ith; c < ggml_nrows(x); c += wk.params->nth) {
+    const int64_t n_cols   = x->ne[0];
+    const int64_t n_blocks = n_cols/QK8_0;
+    float      * rest   = wk.own<float>(wk.layout.rows);
+    block_q8_0 * blocks = wk.own<block_q8_0>(wk.layout.rows + n_cols*sizeof(float));
+    static_assert(sizeof(float) + 2 <= ROWS, "the scratch holds a column of floats and one of blocks");
+    for (int64_t c = wk.params->ith; c < wk.layout.n_columns; c += wk.params->nth) {
         const int64_t i11 = c % x->ne[1];
         const int64_t i12 = c / x->ne[1] % x->ne[2];
         const int64_t i13 = c / x->ne[1] / x->ne[2];
         const float * from = (const float *) ((const char *) x->data + i11*x->nb[1] + i12*x->nb[2] + i13*x->nb[3]);
-        block_q8_0 * to = (block_q8_0 *) wk.column(0, c);
-        quantize(from, to, x->ne[0]);
-        if (wk.has_offset) {
-            // the scratch for rows is free now and, 18 bytes a column at least, large enough for a column of floats
-            float      * rest    = (float *) wk.rows;
-            block_q8_0 * to_rest = (block_q8_0 *) wk.column(1, c);
-            subtract(from, to, n_blocks, rest);
-            quantize(rest, to_rest, x->ne[0]);
-            wk.at<float>(wk.layout.sums)[c] = sum_of(to, n_blocks) + sum_of(to_rest, n_blocks);
-        }
-    }
-}
-
-static ggml_type row_type(const worker & wk) {
-    return wk.w->type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
-}
-
-// A row group of the slab that is open into the rows of the scratch.
-static void decode_group(worker & wk, int64_t group) {
-    const int n_lanes = wk.n_lanes(group);
-    for (int64_t slice = 0; slice < wk.decoder->view.n_slices; slice++) {
-        wk.kernel.decode_lanes(wk.decoder, group, slice, 0, n_lanes);
-        ggml_entropy_decoder_rows(wk.decoder, group, slice, 0, n_lanes, row_type(wk), wk.rows, wk.layout.row_size);
-    }
-}
-
-// To the products of a group's rows with a column: those with its second term, and what the offsets add.
-static void add_offsets(const worker & wk, int64_t group, const float * rest, int64_t column, float * dst) {
-    const float sum = wk.at<float>(wk.layout.sums)[column];
-    for (int l = 0; l < wk.n_lanes(group); l++) {
-        dst[l] += rest[l] + ggml_entropy_row_offset(&wk.decoder->view, group*LANES + l)*sum;
-    }
-}
-
-// The rows times n > 1 columns that stand side by side, as a matrix product; the results of a column are dst_stride floats apart. False, and
-// nothing done, if the kernel has no product for them.
-static bool multiply_adjacent(worker & wk, int64_t group, int64_t first, int64_t n, float * dst, int64_t dst_stride) {
-    const int64_t n_blocks = wk.w->ne[0]/QK8_0;
-    const int     n_lanes  = wk.n_lanes(group);
-    for (int64_t i0 = 0, n_block; i0 < n; i0 += n_block) {
-        n_block = std::min<int64_t>(COLUMN_BLOCK, n - i0);
-        if (n - i0 - n_block == 1) {
-            n_block--; // ggml's products are of two columns or more, and so are stock types' for this one
-        }
-        float * to = dst + i0*dst_stride;
-        if (!wk.kernel.multiply(row_type(wk), wk.rows, wk.column(0, first + i0), n_lanes, n_block, n_blocks, to, dst_stride)) {
-            return false;
-        }
-        if (wk.has_offset) {
-            float rest[COLUMN_BLOCK*LANES];
-            wk.kernel.multiply(row_type(wk), wk.rows, wk.column(1, first + i0), n_lanes, n_block, n_blocks, rest, LANES);
-            for (int64_t i = 0; i < n_block; i++) {
-                add_offsets(wk, group, rest + i*LANES, first + i0 + i, to + i*dst_stride);
+        float total = 0.0f;
+        for (int term = 0; term < wk.n_terms; term++) {
+            const int64_t at = term*wk.layout.n_columns + c;
+            quantize(from, blocks, n_cols);
+            total += split_blocks(blocks, n_blocks, wk.shared<int8_t>(wk.layout.values) + at*n_cols, wk.shared<float>(wk.layout.scales) + at*n_blocks);
+            if (term + 1 < wk.n_terms) {
+                subtract(from, blocks, n_blocks, rest);
+                from = rest;
             }
         }
+        wk.shared<float>(wk.layout.totals)[c] = total;
     }
-    return true;
 }
 
-// The rows times n columns that may stand anywhere: where(i, &column, &dst) tells the number of column i in the work buffer and the result
-// column in dst.
+// The products of a row group of the open slab with n columns of src1: where(i, &column, &result) tells the number of column i, and where
+// its results, one for each row of the matrix, go.
 template <typename Where>
-static void multiply_scattered(worker & wk, int64_t group, int64_t n, const Where & where) {
-    const ggml_vec_dot_t dot     = wk.w->type == GGML_TYPE_EQ8 ? wk.kernel.dot_eq8 : wk.kernel.dot_eq4;
-    const int            n_lanes = wk.n_lanes(group);
-    for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK_DOT) {
-        const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK_DOT, n - i0);
-        int64_t column[COLUMN_BLOCK_DOT];
-        float * dst   [COLUMN_BLOCK_DOT];
+static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & where) {
+    const ggml_entropy_columns columns = { wk.shared<int8_t>(wk.layout.values), wk.shared<float>(wk.layout.scales), wk.x->ne[0] };
+    const int n_rows = wk.n_rows(group);
+    int32_t * index   = wk.own<int32_t>(wk.layout.index);
+    float  ** results = wk.own<float *>(wk.layout.results);
+    auto    * sums    = wk.own<float[ROWS]>(wk.layout.sums);
+    for (int64_t i0 = 0; i0 < n; i0 += COLUMN_BLOCK) {
+        const int n_block = (int) std::min<int64_t>(COLUMN_BLOCK, n - i0);
         for (int i = 0; i < n_block; i++) {
-            where(i0 + i, &column[i], &dst[i]);
-            dst[i] += group*LANES;
+            int64_t column;
+            where(i0 + i, &column, &results[i]);
+            for (int term = 0; term < wk.n_terms; term++) {
+                index[term*n_block + i] = (int32_t) (term*wk.layout.n_columns + column);
+            }
         }
-        float rest[COLUMN_BLOCK_DOT][LANES];
-        for (int l = 0; l < n_lanes; l++) {
-            const char * row = wk.rows + l*wk.layout.row_size;
-            for (int i = 0; i < n_block; i++) {
-                dot((int) wk.w->ne[0], &dst[i][l], 0, row, 0, wk.column(0, column[i]), 0, 1);
-                if (wk.has_offset) {
-                    dot((int) wk.w->ne[0], &rest[i][l], 0, row, 0, wk.column(1, column[i]), 0, 1);
+        std::memset(sums, 0, n_block*wk.n_terms*sizeof(sums[0]));
+        group_reader(wk, group).each_chunk([&](const int8_t * units, int n_units, int64_t first) {
+            wk.kernel.multiply(units, n_units, first, columns, index, n_block*wk.n_terms, sums);
+        });
+        float scale [ROWS];
+        float offset[ROWS];
+        for (int row = 0; row < n_rows; row++) {
+            wk.grid_of(group*ROWS + row, &scale[row], &offset[row]);
+        }
+        for (int i = 0; i < n_block; i++) {
+            float * to = results[i] + group*ROWS;
+            for (int row = 0; row < n_rows; row++) {
+                to[row] = scale[row]*sums[i][row];
+            }
+            if (wk.n_terms > 1) {
+                const float total = wk.shared<float>(wk.layout.totals)[index[i]];
+                for (int row = 0; row < n_rows; row++) {
+                    to[row] += scale[row]*sums[n_block + i][row] + offset[row]*total;
                 }
             }
         }
-        for (int i = 0; wk.has_offset && i < n_block; i++) {
-            add_offsets(wk, group, rest[i], column[i], dst[i]);
-        }
     }
+}
+
+// Whether the weights have offsets (all slabs do or none) is told by a slab that the op uses: of experts that are not used not even the
+// header need be there.
+static void choose_terms(worker & wk, const ggml_tensor * ids) {
+    const int64_t i_slab = ids == nullptr || ggml_nelements(ids) == 0 ? 0 : *(const int32_t *) ids->data;
+    GGML_ASSERT(i_slab >= 0 && i_slab < wk.w->ne[2]);
+    wk.open(i_slab);
+    wk.n_terms = wk.has_offset() ? MAX_TERMS : 1;
 }
 
 // Every thread begins with the unit of its own number; the counter hands out the others.
@@ -316,7 +403,7 @@ static void start_counter(const worker & wk) {
     ggml_barrier(wk.params->threadpool);
 }
 
-static int64_t next_unit(const worker & wk) {
+static int64_t next_item(const worker & wk) {
     return ggml_threadpool_chunk_add(wk.params->threadpool, 1);
 }
 
@@ -326,46 +413,33 @@ static void mul_mat(worker & wk, ggml_tensor * dst) {
     GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
     GGML_ASSERT(wk.w->ne[3] == 1 && x->ne[2] % wk.w->ne[2] == 0);
 
+    choose_terms(wk, nullptr);
     quantize_columns(wk);
     start_counter(wk);
 
     const int64_t n_slabs  = wk.w->ne[2];
-    const int64_t n_groups = (wk.w->ne[1] + LANES - 1)/LANES;
+    const int64_t n_groups = (wk.w->ne[1] + ROWS - 1)/ROWS;
     const int64_t n_i11    = x->ne[1];
     const int64_t n_i12    = x->ne[2]/n_slabs; // planes of src1 that share a slab
-    const int64_t n_planes = n_i12*x->ne[3];
-    for (int64_t unit = wk.params->ith; unit < n_slabs*n_groups; unit = next_unit(wk)) {
-        const int64_t i_slab = unit/n_groups;
-        const int64_t group  = unit % n_groups;
-        const auto where = [&](int64_t i, int64_t * column, float ** to) {
+    for (int64_t item = wk.params->ith; item < n_slabs*n_groups; item = next_item(wk)) {
+        const int64_t i_slab = item/n_groups;
+        wk.open(i_slab);
+        multiply_group(wk, item % n_groups, n_i11*n_i12*x->ne[3], [&](int64_t i, int64_t * column, float ** result) {
             const int64_t i11 = i % n_i11;
             const int64_t i12 = i / n_i11 % n_i12 + i_slab*n_i12;
             const int64_t i13 = i / n_i11 / n_i12;
             *column = (i13*x->ne[2] + i12)*n_i11 + i11;
-            *to     = (float *) ((char *) dst->data + i11*dst->nb[1] + i12*dst->nb[2] + i13*dst->nb[3]);
-        };
-        wk.open(i_slab);
-        decode_group(wk, group);
-        // as for stock types: a matrix product for each plane of several columns. It is there for all or for none
-        bool done = n_i11 > 1;
-        for (int64_t i = 0; done && i < n_planes; i++) {
-            int64_t first;
-            float * to;
-            where(i*n_i11, &first, &to);
-            done = multiply_adjacent(wk, group, first, n_i11, to + group*LANES, dst->nb[1]/sizeof(float));
-        }
-        if (!done) {
-            multiply_scattered(wk, group, n_i11*n_planes, where);
-        }
+            *result = (float *) ((char *) dst->data + i11*dst->nb[1] + i12*dst->nb[2] + i13*dst->nb[3]);
+        });
     }
 }
 
 // Sort the columns by expert; active lists the experts that have any and ends with -1 if some have none. One thread does it.
 static void sort_routes(const worker & wk, const ggml_tensor * ids) {
     const int32_t n_experts = (int32_t) wk.w->ne[2];
-    int32_t * first  = wk.at<int32_t>(wk.layout.first_route);
-    int32_t * active = wk.at<int32_t>(wk.layout.active);
-    route   * routes = wk.at<route>(wk.layout.routes);
+    int32_t * first  = wk.shared<int32_t>(wk.layout.first_route);
+    int32_t * active = wk.shared<int32_t>(wk.layout.active);
+    route   * routes = wk.shared<route>(wk.layout.routes);
     const auto expert_of = [&](int64_t slot, int64_t token) {
         const int32_t expert = *(const int32_t *) ((const char *) ids->data + slot*ids->nb[0] + token*ids->nb[1]);
         GGML_ASSERT(expert >= 0 && expert < n_experts);
@@ -405,35 +479,33 @@ static void mul_mat_id(worker & wk, ggml_tensor * dst) {
     GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float) && ids->type == GGML_TYPE_I32);
     GGML_ASSERT(wk.w->ne[3] == 1 && x->ne[3] == 1 && ids->ne[2] == 1 && ids->ne[3] == 1);
 
+    choose_terms(wk, ids);
     quantize_columns(wk);
     if (wk.params->ith == 0) {
         sort_routes(wk, ids);
     }
     start_counter(wk);
 
-    const int32_t * first  = wk.at<int32_t>(wk.layout.first_route);
-    const int32_t * active = wk.at<int32_t>(wk.layout.active);
-    const route   * routes = wk.at<route>(wk.layout.routes);
+    const int32_t * first  = wk.shared<int32_t>(wk.layout.first_route);
+    const int32_t * active = wk.shared<int32_t>(wk.layout.active);
+    const route   * routes = wk.shared<route>(wk.layout.routes);
     const int64_t n_experts = wk.w->ne[2];
     const int64_t n_active  = std::find(active, active + n_experts, -1) - active;
-    const int64_t n_groups  = (wk.w->ne[1] + LANES - 1)/LANES;
-    for (int64_t unit = wk.params->ith; unit < n_active*n_groups; unit = next_unit(wk)) {
-        const int32_t expert = active[unit/n_groups];
-        const int64_t group  = unit % n_groups;
+    const int64_t n_groups  = (wk.w->ne[1] + ROWS - 1)/ROWS;
+    for (int64_t item = wk.params->ith; item < n_active*n_groups; item = next_item(wk)) {
+        const int32_t expert = active[item/n_groups];
         wk.open(expert);
-        decode_group(wk, group);
-        // one by one, as for stock types
-        multiply_scattered(wk, group, first[expert + 1] - first[expert], [&](int64_t i, int64_t * column, float ** to) {
+        multiply_group(wk, item % n_groups, first[expert + 1] - first[expert], [&](int64_t i, int64_t * column, float ** result) {
             const route r = routes[first[expert] + i];
             *column = r.token*x->ne[1] + r.slot % x->ne[1];
-            *to     = (float *) ((char *) dst->data + r.slot*dst->nb[1] + r.token*dst->nb[2]);
+            *result = (float *) ((char *) dst->data + r.slot*dst->nb[1] + r.token*dst->nb[2]);
         });
     }
 }
 
 // ---- rows --------------------------------------------------------------------------------------------------------------------------
 
-// dst[i12][i11][i10] = row ids[i12][i11][i10] of w[i11]. Only the lane of the row is decoded.
+// dst[i12][i11][i10] = row ids[i12][i11][i10] of w[i11]. The whole group of the row is decoded.
 static void get_rows(worker & wk, ggml_tensor * dst) {
     const ggml_tensor * ids = dst->src[1];
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float));
@@ -446,13 +518,17 @@ static void get_rows(worker & wk, ggml_tensor * dst) {
         GGML_ASSERT(row >= 0 && row < wk.w->ne[1]);
 
         wk.open(i11);
-        char * to = (char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2];
-        const int64_t group = row/LANES;
-        const int     lane  = (int) (row % LANES);
-        for (int64_t slice = 0; slice < wk.decoder->view.n_slices; slice++) {
-            wk.kernel.decode_lanes(wk.decoder, group, slice, lane, lane + 1);
-            ggml_entropy_decoder_rows(wk.decoder, group, slice, lane, lane + 1, GGML_TYPE_F32, to, dst->nb[1]);
-        }
+        float * to = (float *) ((char *) dst->data + i10*dst->nb[1] + i11*dst->nb[2]);
+        float scale;
+        float offset;
+        wk.grid_of(row, &scale, &offset);
+        group_reader(wk, row/ROWS).each_chunk([&](const int8_t * units, int n_units, int64_t first) {
+            for (int u = 0; u < n_units; u++) {
+                for (int j = 0; j < 4; j++) {
+                    to[first + 4*u + j] = scale*(float) units[u*UNIT + row%ROWS*4 + j] + offset;
+                }
+            }
+        });
     }
 }
 

@@ -1,33 +1,42 @@
 // SPDX-License-Identifier: MIT
 //
-// Level generic: the codec's portable decoder, and ggml's dot and matrix products, which exist for every instruction set.
+// Level generic: the codec's portable decoder, and products in loops that compilers vectorise for whatever they compile for.
 
 #include "entropy-kernel.h"
 
-#include "ggml-cpu-impl.h"
-#include "llamafile/sgemm.h"
+#include "../../ggml-entropy-decode.h"
 
-// Those of these instruction sets need nothing of the thread pool, which is not passed on; PPC has one too, untried here.
-#if defined(GGML_USE_LLAMAFILE) && (defined(__AVX__) || defined(__ARM_FEATURE_DOTPROD))
-static bool multiply_generic(
-        ggml_type type, const void * rows, const void * columns, int64_t m, int64_t n, int64_t n_blocks, float * dst, int64_t dst_stride) {
-    ggml_compute_params alone = {};
-    alone.nth = 1;
-    return llamafile_sgemm(
-        &alone, m, n, n_blocks, rows, n_blocks, columns, n_blocks, dst, dst_stride, type, GGML_TYPE_Q8_0, GGML_TYPE_F32);
+#include <cstring>
+
+static constexpr int ROWS  = GGML_ENTROPY_GROUP_ROWS;
+static constexpr int BLOCK = 32;
+
+static void multiply_generic(
+        const int8_t * units, int n_units, int64_t first, const ggml_entropy_columns & columns, const int32_t * index, int n, float (* sums)[ROWS]) {
+    for (int block = 0; block < n_units/8; block++) {
+        for (int i = 0; i < n; i++) {
+            const int8_t * x = columns.q + index[i]*columns.n_cols + first + block*BLOCK;
+            const float    d = columns.d[index[i]*(columns.n_cols/BLOCK) + first/BLOCK + block];
+            // column j of all units by itself, so that the loop is over neighbours; two products fit in 16 bits: 2*128*127 = 32 512
+            int32_t sum[UNIT] = { 0 };
+            for (int u = 0; u < 8; u++) {
+                const int8_t * w = units + (8*block + u)*UNIT;
+                int8_t four[UNIT];
+                for (int row = 0; row < ROWS; row++) {
+                    std::memcpy(four + 4*row, x + 4*u, 4);
+                }
+                for (int k = 0; k < UNIT; k++) {
+                    sum[k] += (int16_t) (w[k]*four[k]);
+                }
+            }
+            for (int row = 0; row < ROWS; row++) {
+                const int total = sum[4*row] + sum[4*row + 1] + sum[4*row + 2] + sum[4*row + 3];
+                sums[i][row] += d*(float) total;
+            }
+        }
+    }
 }
-#else
-static bool multiply_generic(ggml_type, const void *, const void *, int64_t, int64_t, int64_t, float *, int64_t) {
-    return false;
-}
-#endif
 
 ggml_entropy_kernel ggml_entropy_kernel_generic() {
-    ggml_entropy_kernel kernel;
-    kernel.name         = "generic";
-    kernel.decode_lanes = ggml_entropy_decoder_lanes;
-    kernel.dot_eq8      = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->vec_dot;
-    kernel.dot_eq4      = ggml_get_type_traits_cpu(GGML_TYPE_Q4_0)->vec_dot;
-    kernel.multiply     = multiply_generic;
-    return kernel;
+    return { "generic", decode_units, multiply_generic };
 }

@@ -1,103 +1,106 @@
 // SPDX-License-Identifier: MIT
 //
-// Level ref: docs/format.md 6, sentence by sentence. Slow on purpose; shares no code with the codec.
+// Level ref: docs/format.md 5 and 6, sentence by sentence. Slow on purpose; shares no code with the codec.
 
 #include "entropy-kernel.h"
 
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
-#include "ggml-impl.h"
-
 #include <algorithm>
 
-namespace {
+static constexpr int UNIT = GGML_ENTROPY_UNIT;
+static constexpr int ROWS = GGML_ENTROPY_GROUP_ROWS;
 
-// One lane as a string of bits.
-struct lane_bits {
-    const uint32_t * words;                                // of the tile
-    int              n;                                    // length in words
-    int              position[GGML_ENTROPY_MAX_LANE_WORDS]; // of the lane's word j among them
+// 5.2: widths of the digits of a tail shape, 0 behind the last
+static const int tail_digits[][5] = { { 0 }, { 2, 2, 0 }, { 1, 1, 2, 2, 0 } };
+static_assert(sizeof(tail_digits)/sizeof(tail_digits[0]) == GGML_ENTROPY_N_TAILS, "every tail shape is here");
 
-    // Step 2: word j stands behind all word rows before row j, and in row j behind the lanes before this one that have a word j.
-    lane_bits(const uint32_t * tile_words, const uint8_t * lane_words, int lane) : words(tile_words), n(lane_words[lane]) {
-        int row_begin = 0;
-        for (int j = 0; j < n; j++) {
-            const auto has_word_j = [j](uint8_t length) { return length > j; };
-            position[j] = row_begin + (int) std::count_if(lane_words, lane_words + lane, has_word_j);
-            row_begin  += (int) std::count_if(lane_words, lane_words + GGML_ENTROPY_LANES, has_word_j);
+static int bit_of(const uint8_t * bytes, uint64_t i) {
+    return bytes[i / 8] >> (i % 8) & 1;
+}
+
+// 5.6: r of a weight; the parts that B consists of, the lowest bits first
+static int raw_number(int raw_bits, const uint8_t * raw, int weight) {
+    if (raw_bits == 8) {
+        return raw[weight];
+    }
+    int r     = 0;
+    int shift = 0;
+    if (raw_bits & 4) {
+        r    |= raw[weight % 32] >> 4*(weight / 32) & 15;
+        raw  += 32;
+        shift = 4;
+    }
+    if (raw_bits & 2) {
+        r    |= (raw[weight % 16] >> 2*(weight / 16) & 3) << shift;
+        raw  += 16;
+        shift += 2;
+    }
+    if (raw_bits & 1) {
+        r |= bit_of(raw, weight) << shift;
+    }
+    return r;
+}
+
+static void decode_ref(const ggml_entropy_code * code, ggml_entropy_stream * s, int n_units, int8_t * out) {
+    const int direct = code->raw_bits == 8 ? 256 : (1 << code->raw_bits) - (1 << code->bin_bits);
+    for (int u = 0; u < n_units; u++, s->unit++) {
+        int  r[UNIT];
+        int  value[UNIT]; // code, modulo 256
+        bool open[UNIT];
+        for (int i = 0; i < UNIT; i++) { // step 1
+            r[i]     = raw_number(code->raw_bits, s->raw, i);
+            open[i]  = r[i] >= direct;
+            value[i] = code->base + r[i];
         }
-    }
-
-    // Zeros beyond the last word.
-    int bit(int at) const {
-        return at / 32 < n ? words[position[at / 32]] >> (31 - at % 32) & 1 : 0;
-    }
-
-    int bits(int at, int count) const {
-        int value = 0;
-        for (int i = 0; i < count; i++) {
-            value = value << 1 | bit(at + i);
+        s->raw += 8*code->raw_bits;
+        if (s->unit % 4 == 0) { // step 2
+            s->pos = std::min(s->pos, s->end);
         }
-        return value;
-    }
-};
-
-} // namespace
-
-static void decode_lanes_ref(ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1) {
-    const ggml_entropy_view   & view = decoder->view;
-    const ggml_entropy_header & h    = *view.header;
-    // step 1
-    const int64_t i_tile    = group * view.n_slices + slice;
-    const int64_t n_cols    = std::min<int64_t>(h.tile_cols, h.n_cols - slice * h.tile_cols);
-    const int64_t n_symbols = h.kind == GGML_ENTROPY_KIND_EQ4 ? n_cols / 2 : n_cols;
-    for (int lane = lane0; lane < lane1; lane++) {
-        const lane_bits stream(
-            view.bitstream + view.word_offsets[i_tile], view.lane_words + i_tile * GGML_ENTROPY_LANES, lane);
-        int at = 0;
-        for (int64_t k = 0; k < n_symbols; k++) {
-            // step 3
-            const ggml_entropy_entry entry = view.table[stream.bits(at, 8)];
-            decoder->symbols[lane][k] = (uint8_t) (stream.bits(at, entry.t) + entry.bias);
-            at += entry.t;
+        int first = 0; // class that the digit's value 0 names
+        for (const int * digit_width = tail_digits[code->tail]; *digit_width > 0; digit_width++) { // step 3
+            const int width = *digit_width;
+            int digit[UNIT] = {};
+            for (int plane = 0; plane < width; plane++) {
+                for (int i = 0; i < UNIT; i++) {
+                    if (open[i]) {
+                        digit[i] |= bit_of(s->tail, s->pos++) << plane;
+                    }
+                }
+            }
+            const int on = (1 << width) - 1;
+            for (int i = 0; i < UNIT; i++) {
+                if (open[i] && digit[i] < on) {
+                    open[i]  = false;
+                    value[i] = code->class_base[first + digit[i]] + r[i] - direct;
+                }
+            }
+            first += on;
+        }
+        for (int i = 0; i < UNIT; i++) { // steps 4 and 5
+            if (open[i]) {
+                value[i] = s->far > s->tail ? *--s->far : 0;
+            }
+            out[u*UNIT + i] = (int8_t) (uint8_t) value[i];
         }
     }
 }
 
-static void dot_q8_0_ref(int n, float * s, size_t, const void * vx, size_t, const void * vy, size_t, int) {
-    const block_q8_0 * x = (const block_q8_0 *) vx;
-    const block_q8_0 * y = (const block_q8_0 *) vy;
-    float sum = 0.0f;
-    for (int i = 0; i < n / QK8_0; i++) {
-        int dot = 0;
-        for (int j = 0; j < QK8_0; j++) {
-            dot += x[i].qs[j] * y[i].qs[j];
+static void multiply_ref(
+        const int8_t * units, int n_units, int64_t first, const ggml_entropy_columns & columns, const int32_t * index, int n, float (* sums)[ROWS]) {
+    for (int i = 0; i < n; i++) {
+        const int8_t * x = columns.q + index[i]*columns.n_cols + first;
+        const float  * d = columns.d + index[i]*(columns.n_cols/32) + first/32;
+        for (int row = 0; row < ROWS; row++) {
+            for (int block = 0; block < n_units/8; block++) {
+                int sum = 0;
+                for (int j = 0; j < 32; j++) {
+                    sum += units[(8*block + j/4)*UNIT + row*4 + j%4]*x[32*block + j];
+                }
+                sums[i][row] += d[block]*(float) sum;
+            }
         }
-        sum += (float) dot * GGML_FP16_TO_FP32(x[i].d) * GGML_FP16_TO_FP32(y[i].d);
     }
-    *s = sum;
-}
-
-static void dot_q4_0_ref(int n, float * s, size_t, const void * vx, size_t, const void * vy, size_t, int) {
-    const block_q4_0 * x = (const block_q4_0 *) vx;
-    const block_q8_0 * y = (const block_q8_0 *) vy;
-    float sum = 0.0f;
-    for (int i = 0; i < n / QK4_0; i++) {
-        int dot = 0;
-        for (int j = 0; j < QK4_0 / 2; j++) { // byte j holds weight j below and weight j + 16 above
-            dot += ((x[i].qs[j] & 15) - 8) * y[i].qs[j] + ((x[i].qs[j] >> 4) - 8) * y[i].qs[j + QK4_0 / 2];
-        }
-        sum += (float) dot * GGML_FP16_TO_FP32(x[i].d) * GGML_FP16_TO_FP32(y[i].d);
-    }
-    *s = sum;
 }
 
 ggml_entropy_kernel ggml_entropy_kernel_ref() {
-    ggml_entropy_kernel kernel;
-    kernel.name         = "ref";
-    kernel.decode_lanes = decode_lanes_ref;
-    kernel.dot_eq8      = dot_q8_0_ref;
-    kernel.dot_eq4      = dot_q4_0_ref;
-    kernel.multiply     = [](ggml_type, const void *, const void *, int64_t, int64_t, int64_t, float *, int64_t) { return false; };
-    return kernel;
+    return { "ref", decode_ref, multiply_ref };
 }

@@ -3,37 +3,41 @@
 // The inner functions of fused mode on the CPU, at several levels:
 //
 //     ref      as docs/format.md reads, one bit and one product at a time; every other level is tested against it
-//     generic  portable C decoding (ggml-entropy.c), ggml's own dot and matrix products
-//     avx512   32 lanes at once; only there if the processor can
+//     generic  portable C: the codec's decoder (ggml-entropy-decode.h), and loops for the compiler to vectorise
+//     avx2     64 weights at a time by pdep and byte shuffles; only there if the processor can, and pdep is not microcoded
 //
 // A level is a row of the table in entropy-kernel.cpp, best first. GGML_ENTROPY_KERNEL in the environment forces one by name; test
 // backends that ask for ggml's reference implementation get ref.
 //
+// Weights pass from one function to the other in units as they stand in the file: 64 bytes, weight i being row i / 4 of a group and column
+// i % 4. So a unit is 16 rows' dwords of four columns, and a dot instruction with four activations in every dword gives 16 rows at once.
+//
 // The contract of a new level: fill the struct below from a file of its own (entropy-kernel-<name>.cpp) and add it to the table.
-// Symbols must be equal to ref's, bit by bit; products equal within rounding of float sums.
+// Codes must be equal to ref's, for any bits; products equal within rounding of float sums.
 
 #pragma once
 
-#include "ggml-cpu.h"
 #include "../../ggml-entropy.h"
+
+// Columns of activations as int8 with a scale for each 32: column i starts at q + i*n_cols and d + i*n_cols/32.
+struct ggml_entropy_columns {
+    const int8_t * q;
+    const float  * d;
+    int64_t        n_cols; // values of a column
+};
 
 struct ggml_entropy_kernel {
     const char * name;
 
-    // As ggml_entropy_decoder_lanes: symbols of the lanes [lane0, lane1) of a tile of a validated slab into decoder->symbols. Stays in bounds
-    // for any bitstream: reads at most GGML_ENTROPY_SLACK bytes past its end, writes nothing but *decoder. Symbols of other lanes, and those
-    // behind the tile's last, may change.
-    void (*decode_lanes)(ggml_entropy_decoder * decoder, int64_t group, int64_t slice, int lane0, int lane1);
+    // As ggml_entropy_decode_units. out is aligned to 64 bytes.
+    void (*decode)(const ggml_entropy_code * code, ggml_entropy_stream * stream, int n_units, int8_t * out);
 
-    // Dot product of n weights (a multiple of 32) with a column of Q8_0, nrc = 1. EQ8: weights as Q8_0, EQ4: as Q4_0.
-    ggml_vec_dot_t dot_eq8;
-    ggml_vec_dot_t dot_eq4;
-
-    // Products of m rows with n columns, both of n_blocks blocks of 32 and so many blocks apart; the product of row i and column j into
-    // dst[j*dst_stride + i]. The sums of stock types: what ggml computes for several columns. False, and nothing done, where it has no such
-    // function for these types or sizes; then dot products do it.
-    bool (*multiply)(
-        ggml_type type, const void * rows, const void * columns, int64_t m, int64_t n, int64_t n_blocks, float * dst, int64_t dst_stride);
+    // Products of the units of a row group from column `first` of the matrix on (a multiple of 32; n_units is a multiple of 8) with n columns of
+    // activations, those of the numbers index[0..n): adds to sums[i][row] the sum over blocks of 32 of d * (integer sum of the block).
+    // units and sums are aligned to 64 bytes.
+    void (*multiply)(
+        const int8_t * units, int n_units, int64_t first, const ggml_entropy_columns & columns, const int32_t * index, int n,
+        float (* sums)[GGML_ENTROPY_GROUP_ROWS]);
 };
 
 // The level in use: the best, or the forced one. An unknown name is reported once and ignored.
@@ -51,4 +55,4 @@ ggml_entropy_kernel ggml_entropy_kernel_ref();
 ggml_entropy_kernel ggml_entropy_kernel_generic();
 
 // These are not for every processor: false, and nothing written, where they cannot run.
-bool ggml_entropy_kernel_avx512(ggml_entropy_kernel * kernel);
+bool ggml_entropy_kernel_avx2(ggml_entropy_kernel * kernel);

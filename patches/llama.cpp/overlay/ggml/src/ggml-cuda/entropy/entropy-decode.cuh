@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Decoding a tile with a warp: lane = row, one unit (32 columns) after the other (docs/format.md 6).
+// Decoding a tile with a warp: lane = row, one unit (32 columns) after the other (docs/format.md 8.4).
 //
 // The table stands in shared memory 32 times, once per bank, so that 32 lanes look up 32 entries without a conflict. An entry is
 // (bias << 16) + t. Shifts take their count mod 32, so the entry itself shifts by t; and a position that adds entries up holds the bit

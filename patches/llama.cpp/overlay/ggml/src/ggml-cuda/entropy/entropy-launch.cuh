@@ -26,7 +26,7 @@ static int entropy_even_warps(int64_t n, int limit) {
 
 // Slices of a row if the file has the encoder's own tile_cols. Another number is only slower.
 static int64_t entropy_likely_slices(int64_t n_cols, int64_t n_rows) {
-    return entropy_ceil_div(n_cols, ggml_entropy_default_tile_cols(n_rows, n_cols));
+    return entropy_ceil_div(n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols));
 }
 
 template <ggml_type TYPE, typename Launcher>

@@ -9,7 +9,8 @@
 // unit's sum at -zero * sum(x).
 //
 // Weights with offsets: w = s*q + o gives s*sum(q*x) + o*sum(x). Their columns come as two int8 terms, the second for what the first left
-// over, as on the CPU (docs/decisions.md): the host does not know whether a slab has offsets, so the kernels look.
+// over, as on the CPU (docs/decisions.md): the host does not know whether a slab has offsets, so the kernels look. All slabs of a tensor
+// have the same modes, but only slabs that are used may be looked at: of experts that are copied for one op the others may hold anything.
 
 #pragma once
 
@@ -49,10 +50,39 @@ struct entropy_source {
     int64_t s1, s2, s3;     // strides in floats
 };
 
+// MUL_MAT_ID: the experts of each token. ids is nullptr for MUL_MAT, which uses all slabs.
+struct entropy_routes {
+    const int32_t * ids;
+    int64_t         s0, s1;     // strides in int32: slot, token
+    int             n_slots;
+    int             n_experts;
+
+    // A slab that the token uses; -1 if it uses none.
+    ENTROPY_MEMBER int64_t used_slab(int64_t token) const {
+        if (ids == nullptr) {
+            return 0;
+        }
+        for (int slot = 0; slot < n_slots; slot++) {
+            const int32_t expert = global_load(ids + slot*s0 + token*s1);
+            if (expert >= 0 && expert < n_experts) {
+                return expert;
+            }
+        }
+        return -1;
+    }
+};
+
 struct entropy_quantize_args {
-    const uint8_t * payload[2]; // of the matrices that the columns meet, any slab: all have the same modes
+    const uint8_t * payload[2]; // of the matrices that the columns meet
+    int64_t         slab_stride[2];
+    entropy_routes  routes;
     entropy_source  source;
     entropy_columns columns;
+
+    ENTROPY_MEMBER bool has_offset(int64_t i_slab) const {
+        return entropy_slab(payload[0] + i_slab*slab_stride[0]).offset_mode != GGML_ENTROPY_OFFSET_NONE
+            || entropy_slab(payload[1] + i_slab*slab_stride[1]).offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    }
 };
 
 // Grid: (units of a column / warps, columns). One warp quantizes one unit, as quantize_row_q8_0 does.
@@ -74,9 +104,9 @@ __global__ void entropy_quantize_columns(const entropy_quantize_args args) {
     // place of this lane's code among the unit's
     const int place = TYPE == GGML_TYPE_EQ4 ? lane/8*8 + lane%2*4 + lane%8/2 : lane;
 
-    const bool has_offset = entropy_slab(args.payload[0]).offset_mode != GGML_ENTROPY_OFFSET_NONE
-        || entropy_slab(args.payload[1]).offset_mode != GGML_ENTROPY_OFFSET_NONE;
-    for (int term = 0; term < (has_offset ? 2 : 1); term++) {
+    const int64_t i_slab  = args.routes.used_slab(i2); // planes are tokens where there are routes
+    const int     n_terms = i_slab >= 0 && args.has_offset(i_slab) ? 2 : 1;
+    for (int term = 0; term < n_terms; term++) {
         // the largest magnitude: as bits, positive floats are in order
         const float   largest = bits_float(warp_max(float_bits(x) & 0x7FFFFFFF));
         const float   scale   = largest/127.0f;

@@ -295,9 +295,6 @@ struct entropy_offsets_args {
 
 // y[column][row] += offset[row] * sum(x[column]). Grid: (columns, i2, i3); with ids (1, slots, tokens).
 static __global__ void entropy_add_offsets(const entropy_offsets_args args) {
-    if (entropy_slab(args.payload).offset_mode == GGML_ENTROPY_OFFSET_NONE) {
-        return;
-    }
     int64_t       i_slab = blockIdx.y/args.planes_per_slab;
     const float * x      = args.source.data + blockIdx.x*args.source.s1 + blockIdx.y*args.source.s2 + blockIdx.z*args.source.s3;
     float       * y      = args.y + blockIdx.x*args.y1 + blockIdx.y*args.y2 + blockIdx.z*args.y3;
@@ -309,6 +306,10 @@ static __global__ void entropy_add_offsets(const entropy_offsets_args args) {
         x = args.source.data + blockIdx.y % args.source.n1*args.source.s1 + blockIdx.z*args.source.s2;
         y = args.y + blockIdx.y*args.y1 + blockIdx.z*args.y2;
     }
+    const entropy_slab slab(args.payload + i_slab*args.slab_stride);
+    if (slab.offset_mode == GGML_ENTROPY_OFFSET_NONE) {
+        return; // the whole block
+    }
     float sum = 0.0f;
     for (int i = threadIdx.x; i < args.n_cols; i += blockDim.x) {
         sum += global_load(x + i);
@@ -319,7 +320,6 @@ static __global__ void entropy_add_offsets(const entropy_offsets_args args) {
     for (int i = 0; i < (int) blockDim.x; i++) {
         sum += shared_read<float>(i*4);
     }
-    const entropy_slab slab(args.payload + i_slab*args.slab_stride);
     for (int row = threadIdx.x; row < slab.n_rows; row += blockDim.x) {
         global_store(y + row, global_read(y + row) + slab.offset(row)*sum);
     }

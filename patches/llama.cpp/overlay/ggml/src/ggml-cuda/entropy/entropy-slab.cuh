@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 //
-// A slab in device memory (docs/format.md 5). It was validated on the CPU before it came here; shape and modes are read from its header
-// by the kernels themselves, because the host knows only type, ne and nb: an op must not wait for the device.
+// A slab in device memory, in the device layout (docs/format.md 8), which the host made of a validated slab of the file. Shape and modes are
+// read from its header by the kernels themselves, because the host knows only type, ne and nb: an op must not wait for the device.
 
 #pragma once
 
 #include "entropy-device.cuh"
-#include "../../ggml-entropy.h"
+#include "../../ggml-entropy-lanes.h"
 
-#define ENTROPY_LANES 32
+#define ENTROPY_LANES GGML_ENTROPY_LANES
 
 // Columns that share a symbol, symbols of a unit (32 columns, one block of activations), and four-symbol words of a unit.
 template <ggml_type TYPE> struct entropy_traits;
@@ -37,7 +37,7 @@ struct entropy_slab {
     uint8_t  offset_mode;
 
     ENTROPY_MEMBER explicit entropy_slab(const uint8_t * base) : base(base) {
-        const ggml_entropy_header * h = header();
+        const ggml_entropy_lanes_header * h = header();
         n_cols      = (int) global_load(&h->n_cols);
         n_rows      = (int) global_load(&h->n_rows);
         tile_cols   = (int) global_load(&h->tile_cols);
@@ -46,8 +46,8 @@ struct entropy_slab {
         offset_mode = global_load(&h->offset_mode);
     }
 
-    ENTROPY_MEMBER const ggml_entropy_header * header() const {
-        return (const ggml_entropy_header *) base;
+    ENTROPY_MEMBER const ggml_entropy_lanes_header * header() const {
+        return (const ggml_entropy_lanes_header *) base;
     }
 
     template <typename T>
@@ -88,7 +88,7 @@ struct entropy_tile {
     uint32_t         length;   // of this thread's lane, in words; 0 if the row does not exist
 
     ENTROPY_MEMBER entropy_tile(const entropy_slab & slab, int group, int slice) {
-        const ggml_entropy_header * h = slab.header();
+        const ggml_entropy_lanes_header * h = slab.header();
         const int64_t i = (int64_t) group*slab.n_slices + slice;
         words  = slab.section<uint32_t>(h->bitstream_at) + global_load(slab.section<uint32_t>(h->word_offsets_at) + i);
         length = global_load(slab.section<uint8_t>(h->lane_words_at) + i*ENTROPY_LANES + lane_id());
