@@ -77,8 +77,8 @@ cuda-objects: runtime ## CUDA sources compiled for all architectures, instructio
 	$(BIN)/python bench/gpu/objects.py build/bench/cuda-instructions.json
 	$(BIN)/python -m pytest tests/cuda
 
-gpu-pack: runtime ## what travels to a machine with a GPU, in one file
-	$(BIN)/python bench/gpu/pack.py $(GPU_PACK)
+gpu-pack: runtime ## what travels to a machine with a GPU, in one file; with GPU_ARCH=90 the programs for sm_90, built here
+	$(BIN)/python bench/gpu/pack.py $(GPU_PACK) $(if $(GPU_ARCH),--arch $(GPU_ARCH))
 
 gpu-run: ## on that machine, with nothing but nvcc, cmake and Python: build, check and measure; call again until it says 0 to do (docs/cuda.md)
 	$(PYTHON) bench/gpu/run.py $(GPU_PACK) --out $(GPU_OUT)

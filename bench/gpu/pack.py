@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Packs what has to travel to a machine with a GPU: run.py, patched sources without what is not built there, programs, tiny models, a text.
 
-    python bench/gpu/pack.py build/gpu/entrollm-gpu.tar.xz
+    python bench/gpu/pack.py build/gpu/entrollm-gpu.tar.xz [--arch 90]
 
-Nothing of this machine's builds goes along. The pack stays under 64 MiB (it has 23, 16 of them tiny models), and is the same for the same sources. A name without .xz
+Nothing of this machine's builds goes along, unless --arch names a GPU (90 for sm_90): then the programs do (prebuild.py), and nothing is compiled there. The pack stays under 64 MiB (it has 23, 16 of them tiny models), and is the same for the same sources. A name without .xz
 gives a plain tar, for tests.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench" / "gpu")]
 
+import objects  # noqa: E402
 from models import build_tiny_model  # noqa: E402
+from prebuild import PrebuildError, prebuild  # noqa: E402
 
 from entrollm_gguf.convert.pipeline import convert_model  # noqa: E402
 from entrollm_gguf.eval.demo_model import build_tokenizer, english_text, fetch_gguf  # noqa: E402
@@ -60,8 +63,8 @@ MODELS = (
 )
 
 
-def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS) -> int:
-    """Write the pack with these tiny models; returns its size in bytes."""
+def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS, programs: list[Path] | None = None) -> int:
+    """Write the pack with these tiny models and, if there are any, programs in place of their sources; returns its size in bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder)
@@ -78,10 +81,12 @@ def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS) -> int:
         with tarfile.open(part, "w:xz" if target.suffix == ".xz" else "w") as archive:
             _add(archive, ROOT / "bench" / "gpu" / "run.py", "run.py")  # what runs the rest
             llama_cpp = scratch / "tree" / tree.LLAMA_CPP
-            for path in sorted(llama_cpp.rglob("*")):
+            for path in sorted(llama_cpp.rglob("*")) if programs is None else []:
                 name = path.relative_to(llama_cpp).as_posix()
                 if path.is_file() and not name.startswith(_LEFT_OUT):
                     _add(archive, path, f"llama.cpp/{name}")
+            for path in programs or []:
+                _add(archive, path, f"bin/{path.name}")
             for name in _PROGRAMS:
                 _add(archive, ROOT / "bench" / "gpu" / name, f"gpu/{name}")
             for path in sorted(models.glob("*.gguf")):
@@ -115,7 +120,19 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
         archive.addfile(info, file)
 
 
+def main() -> None:
+    """Pack, and say how large it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", type=Path, metavar="FILE.tar.xz")
+    parser.add_argument("--arch", help="build the programs here, for this architecture; takes an hour of two cores the first time")
+    parser.add_argument("--cmake", nargs="*", default=[], metavar="-DNAME=VALUE", help="with --arch: more arguments of cmake")
+    arguments = parser.parse_args()
+    try:
+        programs = prebuild(arguments.arch, arguments.cmake) if arguments.arch else None
+    except (PrebuildError, objects.CompileError) as error:
+        raise SystemExit(f"pack.py: {error}") from None
+    print(f"{arguments.pack}: {build(arguments.pack, programs=programs) / 2**20:.1f} MiB")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: pack.py FILE.tar.xz")
-    print(f"{sys.argv[1]}: {build(Path(sys.argv[1])) / 2**20:.1f} MiB")
+    main()

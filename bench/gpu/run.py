@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: MIT
 """Builds, checks and measures the CUDA path on a machine with a GPU. Runs there, on Python alone: no packages, no network.
 
-    python3 run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N]
+    python3 run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N] [--skip STEP ...]
 
-PACK is what bench/gpu/pack.py made; this file is in it. Needed on PATH: nvcc, cmake, ninja (or make), a C++ compiler. Steps that are done are not repeated: after a call was
+PACK is what bench/gpu/pack.py made; this file is in it. Needed on PATH: nvcc, cmake, ninja (or make), a C++ compiler; none of them where the pack holds programs
+(pack.py --arch). Steps that are done are not repeated: after a call was
 cut off, or its budget ran out, the next goes on there. Results are in FOLDER/gpu-results.json after every step, all output in FOLDER/gpu-log.txt.
 
 Stage 1 needs the kernels and the codec only: bit-exactness, compute-sanitizer, table of kernel speeds. Stage 2 builds llama.cpp for this GPU: test-backend-ops,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,10 +28,13 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 CPUS = os.cpu_count() or 1
 TYPES = ("Q8_0", "EQ8", "Q4_0", "Q4_K_M", "EQ4")
@@ -48,6 +53,7 @@ class Run:
 
     def __init__(self, pack: Path, out: Path, work: Path, budget: float) -> None:
         self.pack, self.out, self.work = pack, out, work
+        self.lock = threading.Lock()  # of the state and the log: steps run side by side
         self.deadline = time.monotonic() + budget
         self.tree = work / "pack" / "llama.cpp"
         self.gpu = work / "pack" / "gpu"
@@ -55,6 +61,12 @@ class Run:
         work.mkdir(parents=True, exist_ok=True)
         self.state_file = work / "state.json"
         self.state = json.loads(self.state_file.read_text()) if self.state_file.is_file() else {"steps": {}}
+
+    @property
+    def prebuilt(self) -> Path | None:
+        """Programs that came in the pack, if it has any."""
+        folder = self.work / "pack" / "bin"
+        return folder if folder.is_dir() else None
 
     def left(self) -> float:
         """Seconds that this call may still take."""
@@ -66,11 +78,18 @@ class Run:
         self.state_file.write_text(text)
         (self.out / "gpu-results.json").write_text(text)
 
+    def keep(self, name: str, entry: dict) -> None:
+        """What came of a step."""
+        with self.lock:
+            self.state["steps"][name] = entry
+            self.save()
+
     def log(self, text: str) -> None:
         """Everything that programs said."""
-        with open(self.work / "gpu-log.txt", "a", errors="replace") as file:
-            file.write(text if text.endswith("\n") else text + "\n")
-        shutil.copyfile(self.work / "gpu-log.txt", self.out / "gpu-log.txt")
+        with self.lock:
+            with open(self.work / "gpu-log.txt", "a", errors="replace") as file:
+                file.write(text if text.endswith("\n") else text + "\n")
+            shutil.copyfile(self.work / "gpu-log.txt", self.out / "gpu-log.txt")
 
     def command(self, *words: str | Path, timeout: float = 600, env: dict[str, str] | None = None, check: bool = True) -> str:
         """Run a program; its output.
@@ -212,7 +231,7 @@ def machine(run: Run) -> dict:
     """What all figures belong to."""
     query = "name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem"
     gpu = run.command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", timeout=60, check=False).strip()
-    nvcc = run.command("nvcc", "--version", timeout=60).strip().splitlines()
+    nvcc = run.command("nvcc", "--version", timeout=60).strip().splitlines() if shutil.which("nvcc") else ["", "none"]
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017, Python there may be older
     return {"gpu": gpu, "nvcc": nvcc[-2:], "cpus": CPUS, "system": platform.platform(), "date": date}
 
@@ -227,6 +246,8 @@ def card(run: Run) -> str:
 
 def base(run: Run) -> dict:
     """The codec, as ggml-base."""
+    if run.prebuilt:
+        return {"prebuilt": True}
     build = run.work / "build-base"
     run.command("cmake", "-S", run.tree, "-B", build, *generator(), *COMMON, "-DGGML_NATIVE=OFF", "-DGGML_CUDA=OFF", timeout=200)
     run.command("cmake", "--build", build, "-j", CPUS, "--target", "ggml-base", timeout=300)
@@ -235,6 +256,8 @@ def base(run: Run) -> dict:
 
 def harness(run: Run) -> dict:
     """nvcc on one file."""
+    if run.prebuilt:
+        return {"prebuilt": True}
     includes = [f"-I{run.tree / 'ggml' / part}" for part in ("include", "src", "src/ggml-cuda")]
     libraries = run.work / "build-base" / "bin"
     run.command(
@@ -246,7 +269,7 @@ def harness(run: Run) -> dict:
 
 def check(run: Run) -> dict:
     """Bit-exact rows, products within the bound."""
-    said = run.command(run.work / "harness", "check", timeout=200, check=False)
+    said = run.command(own_program(run, "harness"), "check", timeout=200, check=False)
     return checked(said)
 
 
@@ -257,7 +280,7 @@ def sanitizer(tool: str) -> Callable[[Run], dict]:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(program).is_file():
             return {"skipped": "no compute-sanitizer on this machine"}
-        said = run.command(program, "--tool", tool, run.work / "harness", "small", timeout=240, check=False)
+        said = run.command(program, "--tool", tool, own_program(run, "harness"), "small", timeout=240, check=False)
         return sanitized(said)
 
     return step
@@ -266,7 +289,7 @@ def sanitizer(tool: str) -> Callable[[Run], dict]:
 def table(run: Run) -> dict:
     """Kernel speeds."""
     path = run.work / "table.json"
-    run.command(run.work / "harness", "table", path, timeout=400)
+    run.command(own_program(run, "harness"), "table", path, timeout=400)
     return json.loads(path.read_text())
 
 
@@ -294,6 +317,8 @@ def generator() -> list[str]:
 
 def build(run: Run) -> dict:
     """The patched tree for this GPU only. Takes minutes; a call that is cut off goes on with what is compiled."""
+    if run.prebuilt:
+        return {"prebuilt": True}
     folder = run.work / "build"
     run.command(
         "cmake", "-S", run.tree, "-B", folder, *generator(), *COMMON, "-DGGML_CUDA=ON", "-DGGML_CUDA_NCCL=OFF", "-DCMAKE_CUDA_ARCHITECTURES=native", timeout=200
@@ -309,8 +334,13 @@ def build(run: Run) -> dict:
 
 
 def program(run: Run, name: str) -> Path:
-    """A program of the build."""
-    return run.work / "build" / "bin" / name
+    """A program of llama.cpp's build."""
+    return (run.prebuilt or run.work / "build" / "bin") / name
+
+
+def own_program(run: Run, name: str) -> Path:
+    """A program of this folder."""
+    return (run.prebuilt or run.work) / name
 
 
 def device_name(run: Run) -> str:
@@ -364,7 +394,7 @@ def equal(model: str) -> Callable[[Run], dict]:
     """CUDA = CPU on a tiny model: perplexity and divergence from the CPU in load mode, for every placement."""
 
     def step(run: Run) -> dict:
-        logits = run.work / "cpu-logits.bin"
+        logits = run.work / f"cpu-logits-{model}.bin"
         pack = run.work / "pack"
         command = [program(run, "llama-perplexity"), "-m", pack / "models" / f"{model}.gguf", "-f", pack / "text.txt"]
         command += ["-c", "128", "-b", "512", "--chunks", "4", "-lv", "4", "--kl-divergence-base", logits]
@@ -392,7 +422,7 @@ def products(env: dict[str, str]) -> Callable[[Run], dict]:
 
     def step(run: Run) -> dict:
         path = run.work / "products.json"
-        run.command(run.work / "kernel-table", path, device_name(run), timeout=400, env=env)
+        run.command(own_program(run, "kernel-table"), path, device_name(run), timeout=400, env=env)
         return {"environment": env, **json.loads(path.read_text())}
 
     return step
@@ -403,7 +433,7 @@ def synthetic(run: Run, size: str, kind: str) -> Path:
     path = run.work / f"random-{size}-{kind}.gguf"
     if not path.is_file():
         part = path.with_suffix(".part")
-        run.command(run.work / "synth-model", part, size, kind, timeout=300)
+        run.command(own_program(run, "synth-model"), part, size, kind, timeout=300)
         part.replace(path)
     return path
 
@@ -493,28 +523,60 @@ def peers(run: Run) -> dict:
     return json.loads(run.command(sys.executable, run.gpu / "peers.py", timeout=400).strip().splitlines()[-1])
 
 
-def steps_of(run: Run) -> list[tuple[int, str, Callable[[Run], dict]]]:
-    """Stage, name, step; what tells most comes first: is it right, how fast are the kernels, how fast is a model."""
+class Step(NamedTuple):
+    """One thing to do."""
+
+    stage: int
+    name: str
+    do: Callable[[Run], dict]
+    timed: bool = True  # alone on the machine: steps that time nothing run side by side
+
+
+def steps_of(run: Run) -> list[Step]:
+    """What tells most comes first: is it right, how fast are the kernels, how fast is a model. With programs in the pack, all that is to be right comes before all that
+    is to be fast; else the kernels' speed is known before llama.cpp is built."""
     tiny = sorted(path.stem for path in (run.work / "pack" / "models").glob("*.gguf"))
-    return [
-        (1, "machine", machine),
-        (1, "codec", base),
-        (1, "harness", harness),
-        (1, "check", check),
-        (1, "memcheck", sanitizer("memcheck")),
-        (1, "table", table),
-        (1, "racecheck", sanitizer("racecheck")),
-        (2, "build", build),
-        (2, "our cases", ours),
-        *((2, f"CUDA = CPU, {model}", equal(model)) for model in tiny),
-        *((2, f"1B {kind}", models("1B", kind)) for kind in TYPES),
-        (2, "products, one by one", products({"GGML_CUDA_DISABLE_FUSION": "1"})),
-        *((2, f"8B {kind}", models("8B", kind)) for kind in TYPES),
-        (2, "products, two by two", products({})),
-        (2, "cold start", cold_start),
-        *((2, f"upstream {op}", upstream(op)) for op in ("GET_ROWS", "MUL_MAT_ID", "MUL_MAT")),
-        (3, "peers", peers),
+    kernels = [
+        Step(1, "check", check, timed=False),
+        Step(1, "memcheck", sanitizer("memcheck"), timed=False),
     ]
+    products_right = [
+        Step(2, "our cases", ours, timed=False),
+        *(Step(2, f"CUDA = CPU, {model}", equal(model), timed=False) for model in tiny),
+    ]
+    speeds = Step(1, "table", table)
+    build_all = Step(2, "build", build)
+    return [
+        Step(1, "machine", machine),
+        Step(1, "codec", base),
+        Step(1, "harness", harness),
+        *([build_all, *kernels, *products_right, speeds] if run.prebuilt else [*kernels, speeds, build_all, *products_right]),
+        *(Step(2, f"1B {kind}", models("1B", kind)) for kind in TYPES),
+        Step(2, "products, one by one", products({"GGML_CUDA_DISABLE_FUSION": "1"})),
+        *(Step(2, f"8B {kind}", models("8B", kind)) for kind in TYPES),
+        Step(2, "products, two by two", products({})),
+        Step(2, "cold start", cold_start),
+        Step(1, "racecheck", sanitizer("racecheck"), timed=False),
+        *(Step(2, f"upstream {op}", upstream(op), timed=False) for op in ("GET_ROWS", "MUL_MAT_ID", "MUL_MAT")),
+        Step(3, "peers", peers),
+    ]
+
+
+def batches_of(steps: list[Step]) -> list[list[Step]]:
+    """Steps in order: each that is timed by itself, those between two of them together."""
+    return [
+        list(group)
+        for alone, part in itertools.groupby(steps, lambda one: one.timed)
+        for group in ([[one] for one in part] if alone else [part])
+    ]
+
+
+def find_libraries() -> None:
+    """Let programs that came in the pack find cublas and cudart, which may be a toolkit's or those of Python packages."""
+    folders = [Path("/usr/local/cuda/lib64"), Path("/usr/local/cuda/targets/x86_64-linux/lib")]
+    folders += [folder for place in sys.path for folder in sorted(Path(place or ".").glob("nvidia/*/lib"))]
+    there = [str(folder) for folder in folders if any(folder.glob("libcu*.so*"))]
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([*there, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
 
 
 def unpack(run: Run) -> None:
@@ -543,6 +605,22 @@ def unpack(run: Run) -> None:
     mark.write_text(stamp)
 
 
+def perform(run: Run, one: Step, gpu: str) -> bool:
+    """Do it and keep what came of it. False: no time was left."""
+    started = time.monotonic()
+    try:
+        entry: dict = {"result": one.do(run)}
+    except OutOfTime:
+        print(f"{one.name}: out of time; call again")
+        return False
+    except (Failure, OSError, ValueError, KeyError, IndexError) as error:
+        entry = {"failed": f"{type(error).__name__}: {error}"}
+    entry |= {"seconds": round(time.monotonic() - started, 1), "gpu": gpu}
+    run.keep(one.name, entry)
+    print(f"{one.name}: {entry.get('failed', 'done')} ({entry['seconds']} s)", flush=True)
+    return True
+
+
 def main() -> int:
     """Run what is left to do. 0: all is done and right; 1: something is wrong; 3: out of time, call again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -551,37 +629,33 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/gpu/work"), help="folder that stays between calls (build/gpu/work)")
     parser.add_argument("--budget", type=float, default=570, help="seconds that this call may take")
     parser.add_argument("--stage", type=int, help="only this one")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="STEP", help="steps to leave for another call")
     arguments = parser.parse_args()
     run = Run(arguments.pack.resolve(), arguments.out.resolve(), arguments.work.resolve(), arguments.budget)
-    for tool in ("nvcc", "cmake", "g++"):
-        if shutil.which(tool) is None:
-            print(f"{tool} is missing; put it on PATH", file=sys.stderr)
-            return 1
     unpack(run)
+    if run.prebuilt:
+        find_libraries()
+    else:
+        for tool in ("nvcc", "cmake", "g++"):
+            if shutil.which(tool) is None:
+                print(f"{tool} is missing; put it on PATH", file=sys.stderr)
+                return 1
     run.state["command"] = " ".join(sys.argv)
     steps = steps_of(run)
     gpu = card(run)
-    for stage, name, step in steps:
-        if arguments.stage not in (None, stage) or "result" in run.state["steps"].get(name, {}):
-            continue
-        if run.left() < 5:
-            break
-        started = time.monotonic()
-        try:
-            entry: dict = {"result": step(run)}
-        except OutOfTime:
-            print(f"{name}: out of time; call again")
-            break
-        except (Failure, OSError, ValueError, KeyError, IndexError) as error:
-            entry = {"failed": f"{type(error).__name__}: {error}"}
-        entry |= {"seconds": round(time.monotonic() - started, 1), "gpu": gpu}
-        run.state["steps"][name] = entry
-        run.save()
-        print(f"{name}: {entry.get('failed', 'done')} ({entry['seconds']} s)", flush=True)
+    left = [
+        one
+        for one in steps
+        if arguments.stage in (None, one.stage) and one.name not in arguments.skip and "result" not in run.state["steps"].get(one.name, {})
+    ]
+    with ThreadPoolExecutor(max(1, CPUS // 2)) as pool:
+        for group in batches_of(left):
+            if run.left() < 5 or not all(list(pool.map(lambda one: perform(run, one, gpu), group))):
+                break
     run.state["wrong"] = verdict(run.state["steps"])
     run.save()
     done = run.state["steps"]
-    waiting = [name for _, name, _ in steps if name not in done]
+    waiting = [one.name for one in steps if one.name not in done]
     for line in run.state["wrong"]:
         print(f"WRONG: {line}")
     print(f"{len(done)} steps done, {len(waiting)} to do; wrong: {len(run.state['wrong']) or 'none'}")

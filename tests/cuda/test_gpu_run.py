@@ -72,15 +72,26 @@ def test_pack_has_what_run_needs(unpacked):
     assert "build/gpu/work" in help_text  # what git ignores stays on the machine
 
     steps = gpu_run.steps_of(unpacked)
-    names = [name for _, name, _ in steps]
-    assert len(set(names)) == len(names) and all(callable(step) for _, _, step in steps)
+    names = [one.name for one in steps]
+    assert len(set(names)) == len(names) and all(callable(one.do) for one in steps)
     tiny = {path.stem for path in (there / "models").glob("*.gguf")}
     assert {name.removeprefix("CUDA = CPU, ") for name in names if name.startswith("CUDA = CPU")} == tiny
     assert {name.split("-")[0] for name in tiny} == {"llama", "qwen2_moe"}
     # right, then fast, then whole models
     order = ["check", "memcheck", "table", "build", "our cases", "1B EQ8", "8B EQ4"]
     assert sorted(order, key=names.index) == order
-    assert {stage for stage, _, _ in steps} == {1, 2, 3}
+    assert {one.stage for one in steps} == {1, 2, 3}
+    groups = gpu_run.batches_of(steps)
+    assert [one for group in groups for one in group] == steps
+    assert all(len(group) == 1 or not any(one.timed for one in group) for group in groups)
+    assert ["check", "memcheck"] in [[one.name for one in group] for group in groups]
+    # programs in the pack: nothing is built, and all that is to be right comes first
+    (there / "bin").mkdir()
+    ready = [one.name for one in gpu_run.steps_of(unpacked)]
+    assert sorted(ready) == sorted(names) and ready.index("our cases") < ready.index("table")
+    assert gpu_run.build(unpacked) == gpu_run.harness(unpacked) == gpu_run.base(unpacked) == {"prebuilt": True}
+    assert gpu_run.program(unpacked, "llama-bench") == there / "bin" / "llama-bench"
+    (there / "bin").rmdir()
 
 
 def test_pack_configures(unpacked):
