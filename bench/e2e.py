@@ -9,6 +9,7 @@ stock Q8_0. Raw records of llama-bench are kept.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from entrollm_gguf.inspect.decode import decode_file
 ROUNDS = 5
 STOCK = ("Q8_0", "Q4_K_M")
 RECIPES = ("EQ8-4.5", "EQ8", "EQ8-paper", "EQ4-rows")
-ARGUMENTS = ("-p", "256", "-n", "32", "-r", "1", "-o", "json")
+ARGUMENTS = ("-t", str(os.cpu_count() or 1), "-p", "256", "-n", "32", "-r", "1", "-o", "json")
 
 
 @dataclass(frozen=True)

@@ -265,9 +265,9 @@ static void check_matrix(const matrix & m, const std::vector<int64_t> & all_colu
     device_array<float> got(ids.size()*m.n_cols);
     const entropy_get_rows_args args = { payload.data, 0, ids_dev.data, 1, 0, (int) m.n_rows, got.data, m.n_cols, 0 };
     if (m.type == GGML_TYPE_EQ8) {
-        entropy_launch_get_rows<GGML_TYPE_EQ8>(gpu_launcher(), args, ids.size(), m.n_cols, 1);
+        entropy_launch_get_rows<GGML_TYPE_EQ8>(gpu_launcher(), args, ids.size(), m.n_cols, 1, tuning);
     } else {
-        entropy_launch_get_rows<GGML_TYPE_EQ4>(gpu_launcher(), args, ids.size(), m.n_cols, 1);
+        entropy_launch_get_rows<GGML_TYPE_EQ4>(gpu_launcher(), args, ids.size(), m.n_cols, 1, tuning);
     }
     const std::vector<float> result = got.host();
     bool same = true;
@@ -433,7 +433,7 @@ static void table(FILE * json) {
                     continue;
                 }
                 const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, sigma, FILL_NORMAL);
-                for (const int64_t tile_cols : { 1024, 512, 256, 128 }) {
+                for (const int64_t tile_cols : { 512, 256, 128, 64 }) {
                     const matrix m = encode(type, n_rows, n_cols, tile_cols, q, false, false);
                     const int n_copies = (int) std::min<size_t>(64, (512 << 20)/m.payload.size() + 1);
                     std::vector<device_array<uint8_t>> copies;
@@ -453,13 +453,14 @@ static void table(FILE * json) {
                     };
                     const std::vector<float> x(8*n_cols, 0.5f);
                     const entropy_tuning usual = tuning;
-                    for (const int warps : { 16, 8, 4 }) {
-                        if (warps != 16 && !main_shape && n_cols/tile_cols < 8) {
+                    for (const int warps : { 32, 16, 8 }) {
+                        if (warps > 8 && n_cols/tile_cols <= warps/2) {
                             continue;
                         }
                         tuning.mat_vec_warps = warps;
+                        tuning.tile_cols     = (int) tile_cols;
                         for (const int64_t n_columns : { 1, 2, 4, 8 }) {
-                            if (n_columns > 1 && (warps != 16 || tile_cols != 512)) {
+                            if (n_columns > 1 && (warps != 16 || (tile_cols != 512 && tile_cols != 128))) {
                                 continue;
                             }
                             const vectors v(m, n_columns, x);
@@ -467,7 +468,7 @@ static void table(FILE * json) {
                         }
                     }
                     tuning = usual;
-                    if (tile_cols == 512) {
+                    if (tile_cols == 512 || tile_cols == 128) {
                         device_array<uint8_t> rows(n_rows*n_cols*2);
                         report("to_f16", 0, tuning.rows_warps, seconds_per_call(n_copies, [&](int i) {
                             decode(m, copies[i%n_copies].data, GGML_TYPE_F16, n_cols*2, rows.data);

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CPUS = os.cpu_count() or 1
-TYPES = ("Q8_0", "EQ8", "Q4_0", "Q4_K_M", "EQ4")
+TYPES = ("Q8_0", "EQ8", "EQ8-4.5", "Q4_0", "Q4_K_M", "EQ4")
 
 
 class Failure(Exception):
@@ -507,6 +507,67 @@ def cold_start(run: Run) -> dict:
     return result
 
 
+# ---- the processor that is there, too ----------------------------------------------------------------------------------------------------
+
+
+def cpu_levels() -> list[str]:
+    """Kernel levels that can run here by what the processor says, best first."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return [level for level, flag in (("avx512", "avx512bw"), ("avx2", "bmi2"), ("generic", "")) if flag in flags]
+
+
+def cpu_ours(run: Run) -> dict:
+    """Our cases of test-backend-ops on the CPU, every level against ref."""
+    result: dict = {"levels": cpu_levels(), "wrong": []}
+    for level in result["levels"]:
+        said = run.command(
+            program(run, "test-backend-ops"), "test", "-b", "CPU", "-p", "type_a=eq|type=eq", timeout=400, env={"GGML_ENTROPY_KERNEL": level}, check=False
+        )  # fmt: skip
+        row = tests_passed(said)
+        if "no such kernel level" in said:
+            row["wrong"].append("the level is not there")
+        result["wrong"] += [f"{level}: {reason}" for reason in row["wrong"]]
+        result[level] = row
+    return result
+
+
+def cpu_model(kind: str, levels: tuple[str, ...]) -> Callable[[Run], dict]:
+    """llama-bench of a random 1B model on the CPU alone, fused, by threads and kernel level."""
+
+    def step(run: Run) -> dict:
+        path = synthetic(run, "1B", kind)
+        cores = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= CPUS]
+        model = next(
+            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
+        )
+        result: dict = {"processor": model}
+        for level in [one for one in levels if not one or one in cpu_levels()]:
+            env = {"GGML_ENTROPY_MODE": "fused", **({"GGML_ENTROPY_KERNEL": level} if level else {})}
+            command = [
+                program(run, "llama-bench"),
+                "-m",
+                path,
+                "-dev",
+                "none",
+                "-ngl",
+                "0",
+                "-r",
+                "2",
+                "-o",
+                "json",
+                "-t",
+                ",".join(map(str, cores)),
+            ]
+            said = run.command(*command, "-p", "128", "-n", "16", timeout=300, env=env)
+            for row in json.loads(said[said.index("[\n") : said.rindex("]") + 1]):
+                what = f"{level or 'stock'}, {row['n_threads']} threads, {'generate' if row['n_gen'] else 'prompt'}"
+                result[what] = {"tokens_per_s": row["avg_ts"], "best": max(row["samples_ts"])}
+        path.unlink()
+        return result
+
+    return step
+
+
 # ---- stage 3: peers ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +603,7 @@ def steps_of(run: Run) -> list[Step]:
     ]
     products_right = [
         Step(2, "our cases", ours, timed=False),
+        Step(2, "our cases, CPU", cpu_ours, timed=False),
         *(Step(2, f"CUDA = CPU, {model}", equal(model), timed=False) for model in tiny),
     ]
     speeds = Step(1, "table", table)
@@ -556,6 +618,9 @@ def steps_of(run: Run) -> list[Step]:
         *(Step(2, f"8B {kind}", models("8B", kind)) for kind in TYPES),
         Step(2, "products, two by two", products({})),
         Step(2, "cold start", cold_start),
+        Step(2, "CPU, 1B Q8_0", cpu_model("Q8_0", ("",))),
+        Step(2, "CPU, 1B EQ8-4.5", cpu_model("EQ8-4.5", ("avx512", "avx2"))),
+        Step(2, "CPU, 1B Q4_K_M", cpu_model("Q4_K_M", ("",))),
         Step(1, "racecheck", sanitizer("racecheck"), timed=False),
         *(Step(2, f"upstream {op}", upstream(op), timed=False) for op in ("GET_ROWS", "MUL_MAT_ID", "MUL_MAT")),
         Step(3, "peers", peers),

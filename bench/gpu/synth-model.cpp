@@ -2,9 +2,9 @@
 //
 // A llama model of random weights, of real shape, to measure speed and memory with where no model can be downloaded.
 //
-//     synth-model OUT.gguf 1B|8B Q8_0|Q4_0|Q4_K_M|EQ8|EQ4
+//     synth-model OUT.gguf 1B|8B Q8_0|Q6_K|Q4_0|Q4_K_M|IQ4_XS|EQ8|EQ8-4.5|EQ4
 //
-// EQ8 codes have 5.3 bits of entropy, EQ4 codes 3.0, about what EQ8 and EQ4 files of real models have. Q4_K_M is that recipe's mixture: Q6_K for the
+// EQ8 codes have 5.3 bits of entropy (EQ8-4.5: 4.5), EQ4 codes 3.0, about what EQ8 and EQ4 files of real models have. Q4_K_M is that recipe's mixture: Q6_K for the
 // output and half of attn_v and ffn_down. All layers share their bytes in the file's making, not in the file.
 
 #include "ggml.h"
@@ -23,6 +23,7 @@ struct shape {
 struct builder {
     gguf_context * gguf;
     ggml_context * ctx;
+    double         sigma; // of codes
     std::map<std::tuple<int, int64_t, int64_t>, std::vector<uint8_t>> made; // by type and shape
 
     std::vector<uint8_t> & data(ggml_type type, int64_t n_rows, int64_t n_cols) {
@@ -31,7 +32,7 @@ struct builder {
             return bytes;
         }
         if (ggml_entropy_is_type(type)) {
-            const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, type == GGML_TYPE_EQ8 ? 9.5 : 1.95);
+            const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, sigma);
             return bytes = coded_matrix(type, n_rows, n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols), q, false).planes();
         }
         const int64_t n_random = std::min<int64_t>(n_rows, 64);
@@ -94,17 +95,19 @@ int main(int argc, char ** argv) {
         { "tiny", { 256, 512, 2, 4, 2, 512 } },
     };
     const std::map<std::string, ggml_type> types = {
-        { "Q8_0", GGML_TYPE_Q8_0 }, { "Q4_0", GGML_TYPE_Q4_0 }, { "Q4_K_M", GGML_TYPE_Q4_K }, { "EQ8", GGML_TYPE_EQ8 }, { "EQ4", GGML_TYPE_EQ4 },
+        { "Q8_0", GGML_TYPE_Q8_0 }, { "Q6_K", GGML_TYPE_Q6_K }, { "Q4_0", GGML_TYPE_Q4_0 }, { "Q4_K_M", GGML_TYPE_Q4_K },
+        { "IQ4_XS", GGML_TYPE_IQ4_XS }, { "EQ8", GGML_TYPE_EQ8 }, { "EQ8-4.5", GGML_TYPE_EQ8 }, { "EQ4", GGML_TYPE_EQ4 },
     };
     if (argc != 4 || shapes.count(argv[2]) == 0 || types.count(argv[3]) == 0) {
-        fprintf(stderr, "usage: synth-model OUT.gguf 1B|8B|tiny Q8_0|Q4_0|Q4_K_M|EQ8|EQ4\n");
+        fprintf(stderr, "usage: synth-model OUT.gguf 1B|8B|tiny Q8_0|Q6_K|Q4_0|Q4_K_M|IQ4_XS|EQ8|EQ8-4.5|EQ4\n");
         return 2;
     }
     const shape s = shapes.at(argv[2]);
     const ggml_type type = types.at(argv[3]);
     const bool k_m = type == GGML_TYPE_Q4_K;
+    const double sigma = type == GGML_TYPE_EQ4 ? 1.95 : argv[3] == std::string("EQ8-4.5") ? 5.5 : 9.5;
 
-    builder b = { gguf_init_empty(), ggml_init({ ggml_tensor_overhead()*(s.n_layer*10 + 8), nullptr, true }), {} };
+    builder b = { gguf_init_empty(), ggml_init({ ggml_tensor_overhead()*(s.n_layer*10 + 8), nullptr, true }), sigma, {} };
     gguf_set_val_str(b.gguf, "general.architecture", "llama");
     gguf_set_val_str(b.gguf, "general.name", (std::string("random ") + argv[2]).c_str());
     gguf_set_val_u32(b.gguf, "llama.block_count", s.n_layer);

@@ -92,15 +92,15 @@ extern "C" const char * host_decode(const shape * s, const run_options * o, cons
 
 extern "C" const char * host_get_rows(const shape * s, const run_options * o, const uint8_t * payload, const int32_t * ids, int64_t n_ids, float * to) {
     return guarded([&]() {
-        tuning_of(*o);
+        const entropy_tuning tuning = tuning_of(*o);
         allow(payload, s->slab_stride*s->n_slabs);
         allow(ids, n_ids*s->n_slabs*4);
         allow(to, n_ids*s->n_slabs*s->n_cols*4);
         const entropy_get_rows_args args = { payload, s->slab_stride, ids, 1, n_ids, (int) s->n_rows, to, s->n_cols, s->n_cols*n_ids };
         if (s->type == GGML_TYPE_EQ8) {
-            entropy_launch_get_rows<GGML_TYPE_EQ8>(launcher, args, n_ids, s->n_cols, s->n_slabs);
+            entropy_launch_get_rows<GGML_TYPE_EQ8>(launcher, args, n_ids, s->n_cols, s->n_slabs, tuning);
         } else {
-            entropy_launch_get_rows<GGML_TYPE_EQ4>(launcher, args, n_ids, s->n_cols, s->n_slabs);
+            entropy_launch_get_rows<GGML_TYPE_EQ4>(launcher, args, n_ids, s->n_cols, s->n_slabs, tuning);
         }
     });
 }

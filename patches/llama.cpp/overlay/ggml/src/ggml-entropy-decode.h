@@ -14,12 +14,8 @@
 #include <emmintrin.h>
 #endif
 
-// Raw numbers of a unit, one byte each (5.6).
+// Raw numbers of a unit, one byte each (5.6); fewer than 8 bits of them.
 static void unpack_raw(int raw_bits, const uint8_t * raw, uint8_t r[UNIT]) {
-    if (raw_bits == 8) {
-        memcpy(r, raw, UNIT);
-        return;
-    }
     int shift = 0;
     memset(r, 0, UNIT);
     if (raw_bits & 4) {
@@ -133,15 +129,15 @@ static inline uint64_t read_plane(struct plane_reader * p, int n) {
 
 static_assert(GGML_ENTROPY_N_TAILS == 3, "what follows knows the tail shapes");
 
-// Bit planes of a unit, each with a bit for every weight that is open at its digit. All tail shapes are single bits, two at most, and then two
-// digits of two bits; a shape without the single bits has planes of ones for them, so that all weights go on.
+// Bit planes of a unit, each with a bit for every weight that is open at its digit. A tail shape is two single bits or none, and then two
+// digits of two bits. n_single is a constant wherever it is used, so that each shape has its own code.
 struct unit_planes {
     uint64_t single[2];
     uint64_t digit[2][2];
 };
 
-static struct unit_planes read_planes(struct ggml_entropy_stream * s, int n_single, int n_open) {
-    struct unit_planes  p = { { UINT64_MAX, UINT64_MAX }, { { 0, 0 }, { 0, 0 } } };
+static inline struct unit_planes read_planes(struct ggml_entropy_stream * s, int n_single, int n_open) {
+    struct unit_planes  p = { { 0, 0 }, { { 0, 0 }, { 0, 0 } } };
     struct plane_reader from = { s->tail, s->pos, 0, 0 };
     for (int i = 0; i < n_single; i++) {
         p.single[i] = read_plane(&from, n_open);
@@ -165,10 +161,10 @@ static inline uint64_t spread(uint64_t open, uint64_t plane) {
     return on;
 }
 
-// Index into the addends of the next open weight, 8 if it is far; takes its bits out of all planes but the first. No branches: whether a
+// Class of the next open weight, the number of classes if it is far; takes its bits out of all planes but the first. No branches: whether a
 // weight goes on cannot be foretold.
-static inline int next_class(struct unit_planes * p) {
-    const uint64_t on1   = p->single[1] & 1;
+static inline int next_class(struct unit_planes * p, int n_single) {
+    const uint64_t on1   = n_single > 0 ? p->single[1] & 1 : 1;
     const uint64_t digit = ((p->digit[0][0] & 1) | (p->digit[0][1] & 1) << 1) & (0 - on1);
     const uint64_t on2   = digit >> 1 & digit;
     const uint64_t last  = ((p->digit[1][0] & 1) | (p->digit[1][1] & 1) << 1) & (0 - on2);
@@ -177,17 +173,32 @@ static inline int next_class(struct unit_planes * p) {
     p->digit[0][1] >>= on1;
     p->digit[1][0] >>= on2;
     p->digit[1][1] >>= on2;
-    return (int) (1 + on1 + digit + last);
+    return (int) ((n_single > 0 ? 1 + on1 : 0) + digit + last);
 }
 
-static void decode_units(const struct ggml_entropy_code * code, struct ggml_entropy_stream * s, int n_units, int8_t * out) {
-    const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(code->tail);
-    const int direct   = direct_codes(code);
-    const int n_single = MAX(0, tail->n_digits - 2);
-    // what is added to r, by the number that next_class gives; class 0 of the longer shapes needs nothing, it continues the direct codes
-    uint8_t addend[9] = { 0 };
-    for (int c = 0; c < tail->n_classes; c++) {
-        addend[2 - n_single + c] = (uint8_t) (code->class_base[c] - direct);
+// Weights of a unit that have a class or are far, by their planes; out holds r + base for all. With `any_far` false none of them is far. Returns
+// those that are.
+static inline uint64_t add_classes(
+        uint64_t open, struct unit_planes planes, const uint8_t r[UNIT], const uint8_t addend[], int n_single, int n_classes, bool any_far, int8_t * out) {
+    uint64_t far = 0;
+    for (; open != 0; open &= open - 1) {
+        const int i = lowest_bit(open);
+        const int c = next_class(&planes, n_single);
+        out[i] = (int8_t) (uint8_t) (r[i] + addend[c]);
+        if (any_far) {
+            far |= (uint64_t) (c == n_classes) << i;
+        }
+    }
+    return far;
+}
+
+// n_single and n_classes are those of the code's tail shape: constants, so that each has code of its own.
+static inline void decode_shape(
+        const struct ggml_entropy_code * code, struct ggml_entropy_stream * s, int n_units, int8_t * out, int n_single, int n_classes) {
+    const int direct = direct_codes(code);
+    uint8_t addend[GGML_ENTROPY_MAX_CLASSES + 1] = { 0 }; // what is added to r, by class; 0 for far ones
+    for (int c = 0; c < n_classes; c++) {
+        addend[c] = (uint8_t) (code->class_base[c] - direct);
     }
     for (int u = 0; u < n_units; u++, s->unit++, out += UNIT) {
         uint8_t r[UNIT];
@@ -199,21 +210,35 @@ static void decode_units(const struct ggml_entropy_code * code, struct ggml_entr
         for (int i = 0; i < UNIT; i++) {
             out[i] = (int8_t) (uint8_t) (r[i] + (uint8_t) code->base);
         }
-        uint64_t open = code->raw_bits == 8 ? 0 : mask_at_least(r, direct);
+        uint64_t open = mask_at_least(r, direct);
         if (open == 0) {
             continue;
         }
-        struct unit_planes planes = read_planes(s, n_single, count_bits(open));
-        uint64_t far = 0;
-        for (open = n_single > 0 ? spread(open, planes.single[0]) : open; open != 0; open &= open - 1) {
-            const int i = lowest_bit(open);
-            const int c = next_class(&planes);
-            out[i] = (int8_t) (uint8_t) (r[i] + addend[c]);
-            far   |= (uint64_t) (c >> 3) << i;
+        const struct unit_planes planes = read_planes(s, n_single, count_bits(open));
+        if (n_single > 0) {
+            open = spread(open, planes.single[0]); // class 0 of this shape continues the direct codes
         }
-        for (; far != 0; far &= far - 1) {
+        if ((planes.digit[1][0] & planes.digit[1][1]) == 0) {
+            add_classes(open, planes, r, addend, n_single, n_classes, false, out);
+            continue;
+        }
+        for (uint64_t far = add_classes(open, planes, r, addend, n_single, n_classes, true, out); far != 0; far &= far - 1) {
             out[lowest_bit(far)] = s->far > s->tail ? (int8_t) *--s->far : 0;
             s->n_far++;
         }
+    }
+}
+
+static void decode_units(const struct ggml_entropy_code * code, struct ggml_entropy_stream * s, int n_units, int8_t * out) {
+    switch (code->tail) {
+        case 0:
+            for (int i = 0; i < n_units * UNIT; i++) {
+                out[i] = (int8_t) (uint8_t) (s->raw[i] + (uint8_t) code->base);
+            }
+            s->raw  += n_units * UNIT;
+            s->unit += n_units;
+            break;
+        case 1:  decode_shape(code, s, n_units, out, 0, 6); break;
+        default: decode_shape(code, s, n_units, out, 2, 8); break;
     }
 }

@@ -367,9 +367,9 @@ bool ggml_cuda_entropy_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * d
     }
     const stream_launcher launcher = { ctx.stream() };
     if (w->type == GGML_TYPE_EQ8) {
-        entropy_launch_get_rows<GGML_TYPE_EQ8>(launcher, args, ids->ne[0], w->ne[0], w->ne[2]);
+        entropy_launch_get_rows<GGML_TYPE_EQ8>(launcher, args, ids->ne[0], w->ne[0], w->ne[2], tuning_of(ctx.device));
     } else {
-        entropy_launch_get_rows<GGML_TYPE_EQ4>(launcher, args, ids->ne[0], w->ne[0], w->ne[2]);
+        entropy_launch_get_rows<GGML_TYPE_EQ4>(launcher, args, ids->ne[0], w->ne[0], w->ne[2], tuning_of(ctx.device));
     }
     return true;
 }

@@ -102,6 +102,7 @@ struct work_layout {
     int64_t n_columns   = 0; // of src1
     size_t  values      = 0; // int8_t [MAX_TERMS][n_columns][ne0]
     size_t  scales      = 0; // float  [MAX_TERMS][n_columns][ne0/32]
+    size_t  block_sums  = 0; // int32_t [MAX_TERMS][n_columns][ne0/32]
     size_t  totals      = 0; // float  [n_columns]: of the values of each
     size_t  first_route = 0; // int32_t [n_experts + 1]
     size_t  active      = 0; // int32_t [n_experts]: those with routes
@@ -125,7 +126,8 @@ struct work_layout {
             n_columns   = ggml_nrows(x);
             n_block     = std::min<int64_t>(COLUMN_BLOCK, op->op == GGML_OP_MUL_MAT_ID ? ggml_nelements(op->src[2]) : n_columns);
             scales      = part(values, MAX_TERMS*n_columns*x->ne[0]);
-            totals      = part(scales, MAX_TERMS*n_columns*(x->ne[0]/QK8_0)*sizeof(float));
+            block_sums  = part(scales,     MAX_TERMS*n_columns*(x->ne[0]/QK8_0)*sizeof(float));
+            totals      = part(block_sums, MAX_TERMS*n_columns*(x->ne[0]/QK8_0)*sizeof(int32_t));
             threads     = part(totals, n_columns*sizeof(float));
             GGML_ASSERT(MAX_TERMS*n_columns <= INT32_MAX); // as their numbers are
         }
@@ -301,8 +303,8 @@ static void subtract(const float * from, const block_q8_0 * x, int64_t n_blocks,
     }
 }
 
-// A column as blocks into values and scales. Returns the sum of what they stand for.
-static float split_blocks(const block_q8_0 * from, int64_t n_blocks, int8_t * values, float * scales) {
+// A column as blocks into values, scales and sums of values. Returns the sum of what they stand for.
+static float split_blocks(const block_q8_0 * from, int64_t n_blocks, int8_t * values, float * scales, int32_t * sums) {
     float total = 0.0f;
     for (int64_t i = 0; i < n_blocks; i++) {
         scales[i] = GGML_FP16_TO_FP32(from[i].d);
@@ -311,7 +313,8 @@ static float split_blocks(const block_q8_0 * from, int64_t n_blocks, int8_t * va
         for (int j = 0; j < QK8_0; j++) {
             sum += from[i].qs[j];
         }
-        total += scales[i]*(float) sum;
+        sums[i] = sum;
+        total  += scales[i]*(float) sum;
     }
     return total;
 }
@@ -334,7 +337,9 @@ static void quantize_columns(worker & wk) {
         for (int term = 0; term < wk.n_terms; term++) {
             const int64_t at = term*wk.layout.n_columns + c;
             quantize(from, blocks, n_cols);
-            total += split_blocks(blocks, n_blocks, wk.shared<int8_t>(wk.layout.values) + at*n_cols, wk.shared<float>(wk.layout.scales) + at*n_blocks);
+            total += split_blocks(
+                blocks, n_blocks, wk.shared<int8_t>(wk.layout.values) + at*n_cols, wk.shared<float>(wk.layout.scales) + at*n_blocks,
+                wk.shared<int32_t>(wk.layout.block_sums) + at*n_blocks);
             if (term + 1 < wk.n_terms) {
                 subtract(from, blocks, n_blocks, rest);
                 from = rest;
@@ -348,7 +353,9 @@ static void quantize_columns(worker & wk) {
 // its results, one for each row of the matrix, go.
 template <typename Where>
 static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & where) {
-    const ggml_entropy_columns columns = { wk.shared<int8_t>(wk.layout.values), wk.shared<float>(wk.layout.scales), wk.x->ne[0] };
+    const ggml_entropy_columns columns = {
+        wk.shared<int8_t>(wk.layout.values), wk.shared<float>(wk.layout.scales), wk.shared<int32_t>(wk.layout.block_sums), wk.x->ne[0]
+    };
     const int n_rows = wk.n_rows(group);
     int32_t * index   = wk.own<int32_t>(wk.layout.index);
     float  ** results = wk.own<float *>(wk.layout.results);

@@ -17,6 +17,9 @@ static const std::vector<ggml_entropy_kernel> & kernels() {
     static const std::vector<ggml_entropy_kernel> table = [] {
         std::vector<ggml_entropy_kernel> usable;
         ggml_entropy_kernel special;
+        if (ggml_entropy_kernel_avx512(&special)) {
+            usable.push_back(special);
+        }
         if (ggml_entropy_kernel_avx2(&special)) {
             usable.push_back(special);
         }

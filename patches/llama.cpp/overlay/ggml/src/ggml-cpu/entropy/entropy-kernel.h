@@ -4,6 +4,7 @@
 //
 //     ref      as docs/format.md reads, one bit and one product at a time; every other level is tested against it
 //     generic  portable C: the codec's decoder (ggml-entropy-decode.h), and loops for the compiler to vectorise
+//     avx512   the same in registers of 64 bytes, with VNNI where it is there
 //     avx2     64 weights at a time by pdep and byte shuffles; only there if the processor can, and pdep is not microcoded
 //
 // A level is a row of the table in entropy-kernel.cpp, best first. GGML_ENTROPY_KERNEL in the environment forces one by name; test
@@ -19,11 +20,12 @@
 
 #include "../../ggml-entropy.h"
 
-// Columns of activations as int8 with a scale for each 32: column i starts at q + i*n_cols and d + i*n_cols/32.
+// Columns of activations as int8 with a scale for each block of 32: column i starts at q + i*n_cols, d + i*n_cols/32 and s + i*n_cols/32.
 struct ggml_entropy_columns {
-    const int8_t * q;
-    const float  * d;
-    int64_t        n_cols; // values of a column
+    const int8_t  * q;
+    const float   * d;
+    const int32_t * s;      // sums of the blocks' int8
+    int64_t         n_cols; // values of a column
 };
 
 struct ggml_entropy_kernel {
@@ -55,4 +57,5 @@ ggml_entropy_kernel ggml_entropy_kernel_ref();
 ggml_entropy_kernel ggml_entropy_kernel_generic();
 
 // These are not for every processor: false, and nothing written, where they cannot run.
+bool ggml_entropy_kernel_avx512(ggml_entropy_kernel * kernel);
 bool ggml_entropy_kernel_avx2(ggml_entropy_kernel * kernel);

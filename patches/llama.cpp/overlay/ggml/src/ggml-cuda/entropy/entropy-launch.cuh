@@ -25,8 +25,8 @@ static int entropy_even_warps(int64_t n, int limit) {
 }
 
 // Slices of a row if the file has the encoder's own tile_cols. Another number is only slower.
-static int64_t entropy_likely_slices(int64_t n_cols, int64_t n_rows) {
-    return entropy_ceil_div(n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols));
+static int64_t entropy_likely_slices(int64_t n_cols, int64_t n_rows, const entropy_tuning & tuning) {
+    return entropy_ceil_div(n_cols, tuning.tile_cols > 0 ? tuning.tile_cols : ggml_entropy_lanes_default_tile_cols(n_rows, n_cols));
 }
 
 template <ggml_type TYPE, typename Launcher>
@@ -43,8 +43,9 @@ template <ggml_type TYPE, typename Launcher>
 static void entropy_launch_mat_vec(
         const Launcher & launcher, entropy_mat_vec_args args, int n_columns, const int64_t (&n_rows)[2], int64_t ny, int64_t nz,
         const entropy_tuning & tuning) {
-    const int limit   = std::min(tuning.mat_vec_warps, (int) ((tuning.shared_size - ENTROPY_TABLE_SIZE)/ENTROPY_RING_SIZE));
-    const int n_warps = entropy_even_warps(entropy_likely_slices(args.columns.n_cols, n_rows[0]), limit);
+    const int most    = std::min(tuning.mat_vec_warps, n_columns <= 4 ? 32 : 16);
+    const int limit   = std::min(most, (int) ((tuning.shared_size - ENTROPY_TABLE_SIZE)/ENTROPY_RING_SIZE));
+    const int n_warps = entropy_even_warps(entropy_likely_slices(args.columns.n_cols, n_rows[0], tuning), limit);
     args.n_groups     = (int) entropy_ceil_div(n_rows[0], ENTROPY_LANES);
     const dim3 grid((uint32_t) (args.n_groups + entropy_ceil_div(n_rows[1], ENTROPY_LANES)), (uint32_t) ny, (uint32_t) nz);
     const int n_shared = entropy_mat_vec_shared_size(n_warps);
@@ -66,7 +67,7 @@ template <ggml_type TYPE, ggml_type PLAIN, typename Launcher>
 static void entropy_launch_decode_rows(
         const Launcher & launcher, const entropy_rows_args & args, int64_t n_groups, int64_t n_cols, int64_t n_rows, int64_t n_slabs,
         const entropy_tuning & tuning) {
-    const int64_t n_slices = entropy_likely_slices(n_cols, n_rows);
+    const int64_t n_slices = entropy_likely_slices(n_cols, n_rows, tuning);
     const int limit   = std::min(tuning.rows_warps, (int) ((tuning.shared_size - ENTROPY_TABLE_SIZE)/(ENTROPY_RING_SIZE + ENTROPY_STAGE_SIZE)));
     const int n_warps = entropy_even_warps(n_slices, limit);
     const dim3 grid((uint32_t) n_groups, (uint32_t) entropy_ceil_div(n_slices, n_warps), (uint32_t) n_slabs);
@@ -97,8 +98,8 @@ static bool entropy_launch_decode(
 
 template <ggml_type TYPE, typename Launcher>
 static void entropy_launch_get_rows(
-        const Launcher & launcher, const entropy_get_rows_args & args, int64_t n_ids, int64_t n_cols, int64_t n_slabs) {
-    const int64_t n_slices = entropy_likely_slices(n_cols, args.n_rows);
+        const Launcher & launcher, const entropy_get_rows_args & args, int64_t n_ids, int64_t n_cols, int64_t n_slabs, const entropy_tuning & tuning) {
+    const int64_t n_slices = entropy_likely_slices(n_cols, args.n_rows, tuning);
     const int n_warps = entropy_even_warps(n_slices, 4);
     const dim3 grid((uint32_t) n_ids, (uint32_t) entropy_ceil_div(n_slices, n_warps), (uint32_t) n_slabs);
     launcher(entropy_get_rows<TYPE>, grid, n_warps*32, entropy_get_rows_shared_size(n_warps), args);

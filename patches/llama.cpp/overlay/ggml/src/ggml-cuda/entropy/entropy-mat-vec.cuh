@@ -245,7 +245,7 @@ ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const
 
 // Grid: (row groups of both matrices, i2, i3) or (row groups, slots, tokens).
 template <ggml_type TYPE, int N_COLUMNS>
-__global__ void __launch_bounds__(512, N_COLUMNS <= 4 ? 2 : 1) entropy_mat_vec(const entropy_mat_vec_args args) {
+__global__ void __launch_bounds__(N_COLUMNS <= 4 ? 1024 : 512, 1) entropy_mat_vec(const entropy_mat_vec_args args) {
     const int which = (int) blockIdx.x >= args.n_groups;
     const int group = (int) blockIdx.x - which*args.n_groups;
     int64_t i_slab  = blockIdx.y/args.planes_per_slab;
