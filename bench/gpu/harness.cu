@@ -433,7 +433,7 @@ static void table(FILE * json) {
                     continue;
                 }
                 const std::vector<int8_t> q = make_codes(type, n_rows, n_cols, sigma, FILL_NORMAL);
-                for (const int64_t tile_cols : { 512, 256, 128, 64 }) {
+                for (const int64_t tile_cols : { 512, 256, 128 }) {
                     const matrix m = encode(type, n_rows, n_cols, tile_cols, q, false, false);
                     const int n_copies = (int) std::min<size_t>(64, (512 << 20)/m.payload.size() + 1);
                     std::vector<device_array<uint8_t>> copies;
@@ -459,6 +459,7 @@ static void table(FILE * json) {
                         }
                         tuning.mat_vec_warps = warps;
                         tuning.tile_cols     = (int) tile_cols;
+                        tuning.n_sm          = 0; // as many warps as told
                         for (const int64_t n_columns : { 1, 2, 4, 8 }) {
                             if (n_columns > 1 && (warps != 16 || (tile_cols != 512 && tile_cols != 128))) {
                                 continue;
@@ -493,7 +494,7 @@ int main(int argc, char ** argv) {
     }
     cudaDeviceProp device;
     CHECK(cudaGetDeviceProperties(&device, 0));
-    tuning = entropy_tuning_of(device.major*100 + device.minor*10, device.sharedMemPerBlockOptin);
+    tuning = entropy_tuning_of(device.major*100 + device.minor*10, device.sharedMemPerBlockOptin, device.multiProcessorCount);
     printf("%s, sm_%d%d, %d SMs, %zu KB of shared memory a block\n", device.name, device.major, device.minor, device.multiProcessorCount, device.sharedMemPerBlockOptin/1024);
     if (what != "table") {
         check(what == "small");

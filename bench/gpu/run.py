@@ -376,6 +376,13 @@ _PLACES: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
     ("fused, batches of 4", "fused", ("-ngl", "99", "-ub", "4"), {}),
     ("fused, batches of 4, no pairs", "fused", ("-ngl", "99", "-ub", "4"), {"GGML_CUDA_DISABLE_FUSION": "1"}),
     ("fused, rows decoded to blocks", "fused", ("-ngl", "99", "-ub", "512"), {"GGML_ENTROPY_CUDA_ROWS": "blocks"}),
+    ("fused, scratch of NaNs", "fused", ("-ngl", "99", "-ub", "512"), {"GGML_ENTROPY_CUDA_POISON": "1"}),
+    (
+        "fused, rows decoded to blocks, scratch of NaNs",
+        "fused",
+        ("-ngl", "99", "-ub", "512"),
+        {"GGML_ENTROPY_CUDA_ROWS": "blocks", "GGML_ENTROPY_CUDA_POISON": "1"},
+    ),
     ("load", "load", ("-ngl", "99", "-ub", "512"), {}),
     ("half of the layers", "fused", ("-ngl", "2", "-ub", "512"), {}),
     ("half of the layers, batches of 4", "fused", ("-ngl", "2", "-ub", "4"), {}),
@@ -536,7 +543,7 @@ def cpu_model(kind: str, levels: tuple[str, ...]) -> Callable[[Run], dict]:
 
     def step(run: Run) -> dict:
         path = synthetic(run, "1B", kind)
-        cores = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= CPUS]
+        cores = [n for n in (1, 4, 16, 64) if n <= CPUS]
         model = next(
             (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
         )

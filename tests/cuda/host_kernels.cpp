@@ -20,7 +20,7 @@ struct run_options {
 };
 
 static entropy_tuning tuning_of(const run_options & options) {
-    entropy_tuning tuning = entropy_tuning_of(900, (size_t) options.shared_size);
+    entropy_tuning tuning = entropy_tuning_of(900, (size_t) options.shared_size, 132);
     tuning.mat_vec_warps = std::min(tuning.mat_vec_warps, (int) options.n_warps);
     tuning.rows_warps    = std::min(tuning.rows_warps,    (int) options.n_warps);
     simt::backwards = options.backwards != 0;

@@ -189,8 +189,8 @@ inline void run_block(uint32_t n_threads, size_t n_shared, const std::function<v
         alive = false;
         uint64_t rounds = 0, rounds_after = 0;
         size_t n_alive = 0;
-        const auto count = [&b]() {
-            uint64_t n = b.all.round + b.all.n_here;
+        const auto count = [&b, n_threads]() {
+            uint64_t n = b.all.round*n_threads + b.all.n_here; // grows with every meeting
             for (const meeting & m : b.warps) {
                 n += m.round*32 + m.n_here;
             }

@@ -37,38 +37,15 @@ struct bin {
     uint64_t count;
 };
 
-// The search for a code: all that is tried so far, and the best of it.
-struct code_search {
-    uint64_t sums[N_CODES + 1];
-    uint64_t total;
-    int      first; // code that occurs, and the last one, as numbers q + 128
-    int      last;
-    struct ggml_entropy_code best;
-    double   best_cost;
-};
-
-// What a direct interval and its bins are made of.
-struct code_shape {
-    int raw_bits;
-    int bin_bits;
-    int tail;
-    int lengths[GGML_ENTROPY_MAX_CLASSES];
-    int far;
-    double fixed_cost; // raw bits of all weights, and what the planes are charged
-};
-
 // n bins beside the direct interval [from, to), n_above of them above: class 0 is the one right above, the others follow by count. Returns the
 // bits of their tails and, in *covered, what they count.
 static uint64_t place_bins(
-        const struct code_search * search, const struct code_shape * shape, int from, int n_above, struct bin bins[], uint64_t * covered) {
-    const int n     = ggml_entropy_tail_of(shape->tail)->n_classes;
-    const int width = 1 << shape->bin_bits;
-    const int to    = from + (1 << shape->raw_bits) - width;
+        const uint64_t sums[N_CODES + 1], int from, int to, int width, int n_above, int n, const int lengths[], struct bin bins[], uint64_t * covered) {
     uint64_t n_bits = 0;
     *covered = 0;
     for (int i = 0; i < n; i++) {
         const int at = i < n_above ? to + i * width : from - (i - n_above + 1) * width;
-        const struct bin b = { at, sum_of(search->sums, at, at + width) };
+        const struct bin b = { at, sum_of(sums, at, at + width) };
         int j = i;
         for (; j > 1 && bins[j - 1].count < b.count; j--) { // class 0 stays where it is
             bins[j] = bins[j - 1];
@@ -77,58 +54,9 @@ static uint64_t place_bins(
         *covered += b.count;
     }
     for (int i = 0; i < n; i++) {
-        n_bits += bins[i].count * (uint64_t) shape->lengths[i];
+        n_bits += bins[i].count * (uint64_t) lengths[i];
     }
     return n_bits;
-}
-
-// Weights that are not direct if the direct interval starts at `from`.
-static uint64_t count_open(const struct code_search * search, const struct code_shape * shape, int from) {
-    return search->total - sum_of(search->sums, from, from + (1 << shape->raw_bits) - (1 << shape->bin_bits));
-}
-
-// All ways to put bins beside the direct interval that starts at `from`.
-static void try_base(struct code_search * search, const struct code_shape * shape, int from) {
-    const uint64_t open = count_open(search, shape, from);
-    if (shape->fixed_cost + (double) (open * (uint64_t) shape->lengths[0]) >= search->best_cost) {
-        return;
-    }
-    const int n_classes = ggml_entropy_tail_of(shape->tail)->n_classes;
-    for (int n_above = 1; n_above <= n_classes; n_above++) {
-        struct bin bins[GGML_ENTROPY_MAX_CLASSES];
-        uint64_t covered;
-        uint64_t n_bits = place_bins(search, shape, from, n_above, bins, &covered);
-        n_bits += (open - covered) * (uint64_t) (shape->far + 8);
-        if (shape->fixed_cost + (double) n_bits < search->best_cost) {
-            search->best_cost = shape->fixed_cost + (double) n_bits;
-            memset(&search->best, 0, sizeof(search->best));
-            search->best.raw_bits = (uint8_t) shape->raw_bits;
-            search->best.bin_bits = (uint8_t) shape->bin_bits;
-            search->best.tail     = (uint8_t) shape->tail;
-            search->best.base     = (int8_t) (from - 128);
-            for (int c = 0; c < n_classes; c++) {
-                search->best.class_base[c] = (int8_t) (uint8_t) (bins[c].from - 128);
-            }
-        }
-    }
-}
-
-// Bases of one shape, the direct interval among the codes that occur as far as there is room: the one with the most direct weights, or all.
-static void try_shape(struct code_search * search, const struct code_shape * shape, bool all) {
-    const int direct  = (1 << shape->raw_bits) - (1 << shape->bin_bits);
-    const int lowest  = MAX(0, MIN(search->first, N_CODES - direct));
-    const int highest = MAX(lowest, MIN(search->last - direct + 1, N_CODES - direct));
-    int most = lowest;
-    for (int from = lowest; from <= highest; from++) {
-        if (all) {
-            try_base(search, shape, from);
-        } else if (count_open(search, shape, from) < count_open(search, shape, most)) {
-            most = from;
-        }
-    }
-    if (!all) {
-        try_base(search, shape, most);
-    }
 }
 
 static void assign_lengths(struct ggml_entropy_plan * plan, const uint64_t counts[N_CODES]) {
@@ -159,35 +87,62 @@ static void assign_lengths(struct ggml_entropy_plan * plan, const uint64_t count
 
 enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], struct ggml_entropy_plan * plan) {
     memset(plan, 0, sizeof(*plan));
-    struct code_search search = { { 0 }, 0, N_CODES, -1, { 8, 0, 0, -128, { 0 }, { 0 } }, 0.0 };
+    uint64_t sums[N_CODES + 1] = { 0 };
+    int first = N_CODES;
+    int last  = -1;
     for (int i = 0; i < N_CODES; i++) {
-        search.sums[i + 1] = search.sums[i] + counts[i];
+        sums[i + 1] = sums[i] + counts[i];
         if (counts[i] > 0) {
-            search.first = MIN(search.first, i);
-            search.last  = i;
+            first = MIN(first, i);
+            last  = i;
         }
     }
-    search.total = search.sums[N_CODES];
-    if (search.total == 0) {
+    const uint64_t total = sums[N_CODES];
+    if (total == 0) {
         return GGML_ENTROPY_BAD_ARGUMENT;
     }
     // bytes as they are: what every other code has to beat
-    search.best_cost = 8.0 * (double) search.total;
+    struct ggml_entropy_code best = { 8, 0, 0, -128, { 0 }, { 0 } };
+    double best_cost = 8.0 * (double) total;
 
-    // first one base of every shape, which leaves few of the others worth a try
-    for (int all = 0; all < 2; all++) {
-        for (int number = 1; number < GGML_ENTROPY_N_TAILS; number++) {
-            for (int raw_bits = 1; raw_bits < 8; raw_bits++) {
-                for (int bin_bits = 0; bin_bits < raw_bits; bin_bits++) {
-                    struct code_shape shape = { raw_bits, bin_bits, number, { 0 }, 0, 0.0 };
-                    tail_lengths(ggml_entropy_tail_of(number), shape.lengths, &shape.far);
-                    shape.fixed_cost = (raw_bits + GGML_ENTROPY_PLANE_COST * ggml_entropy_tail_of(number)->n_planes) * (double) search.total;
-                    try_shape(&search, &shape, all);
+    for (int number = 1; ggml_entropy_tail_of(number); number++) {
+        const struct ggml_entropy_tail * tail = ggml_entropy_tail_of(number);
+        int lengths[GGML_ENTROPY_MAX_CLASSES];
+        int far;
+        tail_lengths(tail, lengths, &far);
+        const double planes_cost = GGML_ENTROPY_PLANE_COST * tail->n_planes * (double) total;
+        for (int raw_bits = 1; raw_bits < 8; raw_bits++) {
+            for (int bin_bits = 0; bin_bits < raw_bits; bin_bits++) {
+                const int direct = (1 << raw_bits) - (1 << bin_bits);
+                const int width  = 1 << bin_bits;
+                // the direct interval lies among the codes that occur, as far as there is room
+                const int lowest  = MAX(0, MIN(first, N_CODES - direct));
+                const int highest = MAX(lowest, MIN(last - direct + 1, N_CODES - direct));
+                for (int from = lowest; from <= highest; from++) {
+                    const uint64_t open  = total - sum_of(sums, from, from + direct);
+                    const double   least = (double) raw_bits * (double) total + planes_cost + (double) (open * (uint64_t) lengths[0]);
+                    if (least >= best_cost) {
+                        continue;
+                    }
+                    for (int n_above = 1; n_above <= tail->n_classes; n_above++) {
+                        struct bin bins[GGML_ENTROPY_MAX_CLASSES];
+                        uint64_t covered;
+                        const uint64_t n_bits = place_bins(sums, from, from + direct, width, n_above, tail->n_classes, lengths, bins, &covered)
+                                              + (open - covered) * (uint64_t) (far + 8);
+                        const double cost = (double) raw_bits * (double) total + planes_cost + (double) n_bits;
+                        if (cost < best_cost) {
+                            best_cost = cost;
+                            best = (struct ggml_entropy_code) { (uint8_t) raw_bits, (uint8_t) bin_bits, (uint8_t) number, (int8_t) (from - 128), { 0 }, { 0 } };
+                            for (int c = 0; c < tail->n_classes; c++) {
+                                best.class_base[c] = (int8_t) (uint8_t) (bins[c].from - 128);
+                            }
+                        }
+                    }
                 }
             }
         }
     }
-    plan->code = search.best;
+    plan->code = best;
     assign_lengths(plan, counts);
     return GGML_ENTROPY_OK;
 }

@@ -33,7 +33,7 @@ static const entropy_tuning & tuning_of(int device) {
     static const std::vector<entropy_tuning> tunings = []() {
         std::vector<entropy_tuning> all;
         for (int i = 0; i < ggml_cuda_info().device_count; i++) {
-            all.push_back(entropy_tuning_of(ggml_cuda_info().devices[i].cc, ggml_cuda_info().devices[i].smpbo));
+            all.push_back(entropy_tuning_of(ggml_cuda_info().devices[i].cc, ggml_cuda_info().devices[i].smpbo, ggml_cuda_info().devices[i].nsm));
         }
         return all;
     }();
@@ -46,6 +46,12 @@ static int64_t max_columns() {
         return env != nullptr && env[0] >= '0' && env[0] <= '8' && env[1] == '\0' ? env[0] - '0' : ENTROPY_MAX_COLUMNS;
     }();
     return n;
+}
+
+// For tests: the scratch for decoded rows holds NaNs before it is used.
+static bool poisoned() {
+    static const bool on = std::getenv("GGML_ENTROPY_CUDA_POISON") != nullptr;
+    return on;
 }
 
 static ggml_type blocks_of(ggml_type type) {
@@ -160,7 +166,9 @@ static bool is_small(const ggml_tensor * op) {
 
 // ---- batches -----------------------------------------------------------------------------------------------------------------------
 
-// Rows of a stock type in the pool, as a tensor that the stock paths take. Its last row may be read on to a multiple of 512 columns.
+// Rows of a stock type in the pool, as a tensor that the stock paths take. Its last row may be read on to a multiple of 512 columns, and so may
+// the last row of a slab: into the next one, which is decoded only if it is used. What MMQ reads there it multiplies by zeros; so it must not be
+// what gives a NaN.
 struct decoded_rows {
     ggml_cuda_pool_alloc<uint8_t> memory;
     ggml_tensor tensor;
@@ -179,7 +187,11 @@ struct decoded_rows {
         const size_t n_bytes   = tensor.nb[3];
         const size_t n_padding = ggml_row_size(plain, MATRIX_ROW_PADDING);
         tensor.data = memory.alloc(n_bytes + n_padding);
-        CUDA_CHECK(cudaMemsetAsync((uint8_t *) tensor.data + n_bytes, 0, n_padding, ctx.stream()));
+        if (poisoned()) {
+            CUDA_CHECK(cudaMemsetAsync(tensor.data, 0xFF, n_bytes, ctx.stream())); // NaN as f16
+        }
+        const size_t n_kept = n_slabs > 1 && w->ne[0] % MATRIX_ROW_PADDING != 0 ? 0 : n_bytes;
+        CUDA_CHECK(cudaMemsetAsync((uint8_t *) tensor.data + n_kept, 0, n_bytes + n_padding - n_kept, ctx.stream()));
     }
 };
 

@@ -76,6 +76,11 @@ struct entropy_ring {
         tail      = words + full_end/32*ENTROPY_LANES;
     }
 
+    // The first words are on their way from here on; `advance` finds them asked for.
+    ENTROPY_MEMBER void start() {
+        ask(size);
+        async_commit();
+    }
 
     // Copy what stands before limit, as far as there is anything.
     ENTROPY_MEMBER void ask(uint32_t limit) {
@@ -220,17 +225,15 @@ ENTROPY_DEVICE void entropy_unit(const Words & words, uint32_t bank, uint32_t & 
     }
 }
 
-// Decode one tile and give it to the sink: begin(first column, number of units), then take(symbols) for each unit, by all lanes together.
+// Decode one tile, whose ring is at its start, and give it to the sink: begin(first column, number of units), then take(symbols) for each unit,
+// by all lanes together.
 template <ggml_type TYPE, typename Sink>
-ENTROPY_DEVICE void entropy_decode_tile(const entropy_slab & slab, int group, int slice, uint32_t ring_base, Sink & sink) {
+ENTROPY_DEVICE void entropy_decode_tile(const entropy_slab & slab, int group, int slice, entropy_ring & ring, Sink & sink) {
     using traits = entropy_traits<TYPE>;
     const int n_lanes = slab.n_lanes(group);
     const int n_units = slab.slice_cols(slice)/32;
     const uint32_t bank = keep(lane_id()*4);
 
-    async_wait<0>(); // a damaged tile may leave copies under way
-    warp_sync();     // the ring of the tile before is not needed any more
-    entropy_ring ring(entropy_tile(slab, group, slice), ring_base, n_lanes);
     sink.begin(slice*slab.tile_cols, n_units);
     uint32_t position = 0;
     uint32_t symbols[traits::unit_words];
@@ -253,4 +256,11 @@ ENTROPY_DEVICE void entropy_decode_tile(const entropy_slab & slab, int group, in
         entropy_unit<TYPE>(direct, bank, position, symbols);
         sink.take(symbols);
     }
+}
+
+// The ring of a tile in memory that another tile's may have had.
+ENTROPY_DEVICE entropy_ring entropy_next_ring(const entropy_slab & slab, int group, int slice, uint32_t ring_base) {
+    async_wait<0>(); // a damaged tile may leave copies under way
+    warp_sync();     // the ring of the tile before is not needed any more
+    return entropy_ring(entropy_tile(slab, group, slice), ring_base, slab.n_lanes(group));
 }

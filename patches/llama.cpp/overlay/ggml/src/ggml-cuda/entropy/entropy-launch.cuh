@@ -43,7 +43,9 @@ template <ggml_type TYPE, typename Launcher>
 static void entropy_launch_mat_vec(
         const Launcher & launcher, entropy_mat_vec_args args, int n_columns, const int64_t (&n_rows)[2], int64_t ny, int64_t nz,
         const entropy_tuning & tuning) {
-    const int most    = std::min(tuning.mat_vec_warps, n_columns <= 4 ? 32 : 16);
+    const int64_t n_blocks = (entropy_ceil_div(n_rows[0], ENTROPY_LANES) + entropy_ceil_div(n_rows[1], ENTROPY_LANES))*ny*nz;
+    // 32 warps of a block have an SM for themselves; where there are blocks enough, two of 16 do more, as one begins while the other ends
+    const int most    = std::min(tuning.mat_vec_warps, n_columns <= 4 && (tuning.n_sm == 0 || 2*n_blocks <= 3*tuning.n_sm) ? 32 : 16);
     const int limit   = std::min(most, (int) ((tuning.shared_size - ENTROPY_TABLE_SIZE)/ENTROPY_RING_SIZE));
     const int n_warps = entropy_even_warps(entropy_likely_slices(args.columns.n_cols, n_rows[0], tuning), limit);
     args.n_groups     = (int) entropy_ceil_div(n_rows[0], ENTROPY_LANES);

@@ -207,20 +207,33 @@ static constexpr int entropy_mat_vec_shared_size(int n_warps) {
     return ENTROPY_TABLE_SIZE + n_warps*ENTROPY_RING_SIZE;
 }
 
+// What the table and the words wait for is asked for first, all at once: a small matrix takes little longer than the way to memory and back.
 template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
 ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const entropy_slab & slab, int group, int64_t column0, float * y, int64_t y1) {
     const uint32_t rings = ENTROPY_TABLE_SIZE;
+    const uint32_t own   = rings + warp_id()*ENTROPY_RING_SIZE;
 
-    entropy_dot<TYPE, N_COLUMNS, N_TERMS> dot(columns, column0);
-    ENTROPY_NOUNROLL
-    for (int slice = warp_id(); slice < slab.n_slices; slice += n_warps()) {
-        entropy_decode_tile<TYPE>(slab, group, slice, rings + warp_id()*ENTROPY_RING_SIZE, dot);
-    }
-
+    int slice = warp_id();
+    // a warp that has no tile looks at the last one, and decodes nothing of it
+    entropy_ring ring(entropy_tile(slab, group, slice < slab.n_slices ? slice : slab.n_slices - 1), own, slab.n_lanes(group));
+    ring.start();
     const int lane = lane_id();
     const int row  = group*ENTROPY_LANES + lane;
     const float scale  = lane < slab.n_lanes(group) ? half_to_float(slab.scale(row)) : 0.0f;
     const float offset = N_TERMS > 1 && lane < slab.n_lanes(group) ? slab.offset(row)/-entropy_traits<TYPE>::zero : 0.0f;
+    entropy_fill_table(slab);
+    block_sync();
+
+    entropy_dot<TYPE, N_COLUMNS, N_TERMS> dot(columns, column0);
+    ENTROPY_NOUNROLL
+    while (slice < slab.n_slices) {
+        entropy_decode_tile<TYPE>(slab, group, slice, ring, dot);
+        slice += n_warps();
+        if (slice < slab.n_slices) {
+            ring = entropy_next_ring(slab, group, slice, own);
+        }
+    }
+
     async_wait<0>();
     block_sync(); // rings are at rest
     ENTROPY_UNROLL
@@ -260,8 +273,6 @@ __global__ void __launch_bounds__(N_COLUMNS <= 4 ? 1024 : 512, 1) entropy_mat_ve
         column0 = blockIdx.z*args.n1 + blockIdx.y % args.n1;
     }
     const entropy_slab slab(args.payload[which] + i_slab*args.slab_stride[which]);
-    entropy_fill_table(slab);
-    block_sync();
     if (slab.offset_mode == GGML_ENTROPY_OFFSET_NONE) {
         entropy_mat_vec_group<TYPE, N_COLUMNS, 1>(args.columns, slab, group, column0, y, args.y1[which]);
     } else {

@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(256, 2) entropy_decode_rows(const entropy_rows
     };
     ENTROPY_NOUNROLL
     for (int slice = blockIdx.y*n_warps() + warp_id(); slice < slab.n_slices; slice += gridDim.y*n_warps()) {
-        entropy_decode_tile<TYPE>(slab, group, slice, ring, writer);
+        entropy_ring words = entropy_next_ring(slab, group, slice, ring);
+        entropy_decode_tile<TYPE>(slab, group, slice, words, writer);
     }
 }
 
