@@ -4,7 +4,8 @@ by default.
 
 Each model runs in a process of its own: loaded with mmap, 64 tokens evaluated so that every weight was touched, then /proc/self/smaps_rollup. What
 is no weight (interpreter, KV cache, compute buffers) is what the Q8_0 run has beyond its weights; weights of a run are its resident set
-less that. Two processes at once: what both hold together beyond that (Pss counts a shared page by halves), over the compressed size.
+less that. Two processes at once: what both hold together (Pss counts a shared page by halves) beyond what two of Q8_0 hold beyond their
+weights, over the compressed size: 1 if they share all of it.
 
 Cold start: wall time of llama-completion for a prompt of one token and one token more, the file's pages dropped from the page cache before; the
 median of some runs in turns. Linux only.
@@ -100,6 +101,7 @@ def main(out: Path, source: Path | None) -> None:
         q8_0 = Path(scratch) / "q8_0.gguf"
         decode_file(base, q8_0)
         other = resident(q8_0, "load")[0][0] - weights(q8_0)
+        other_of_two = sum(share for _, share in resident(q8_0, "load", processes=2)) - weights(q8_0)
         starts = {"Q8_0": (q8_0, "auto")}
         for recipe in ("EQ8-rows", "EQ8-4.5", "EQ8-paper", "EQ4-rows"):
             path = Path(scratch) / f"{recipe}.gguf"
@@ -110,7 +112,7 @@ def main(out: Path, source: Path | None) -> None:
                 row[f"{mode}_weight_bytes"] = resident(path, mode)[0][0] - other
                 row[f"{mode}_over_compressed"] = row[f"{mode}_weight_bytes"] / row["compressed_bytes"]
             both = resident(path, "fused", processes=2)
-            row["two_fused_processes_weight_bytes"] = sum(share for _, share in both) - 2 * other
+            row["two_fused_processes_weight_bytes"] = sum(share for _, share in both) - other_of_two
             row["two_fused_over_compressed"] = row["two_fused_processes_weight_bytes"] / row["compressed_bytes"]
             rows.append(row)
             ratios = ", ".join(f"{mode} {row[f'{mode}_over_compressed']:.3f}" for mode in ("fused", "load", "two_fused"))
@@ -124,6 +126,7 @@ def main(out: Path, source: Path | None) -> None:
         "environment": environment(),
         "model": source.name,
         "not_weights_bytes": other,
+        "not_weights_of_two_bytes": other_of_two,
         "rows": rows,
         "cold_start_seconds": seconds,
     }
