@@ -6,6 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# of a GPU for which gpu-pack builds the programs, as 90 for sm_90; empty: none
+GPU_ARCH ?=
 GPU_PACK := build/gpu/entrollm-gpu.tar.xz
 GPU_OUT  ?= build/gpu/out
 TEST_WORKERS ?= 2
