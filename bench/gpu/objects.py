@@ -42,7 +42,7 @@ FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA
 # goals are 11 and 6.5, with all that keeps the ring filled.
 BUDGET = {"EQ8 x 1": (10.4, 8.9), "EQ4 x 1": (6.2, 5.4)}
 
-_WHEELS = {
+WHEELS = {
     "cublas": ("nvidia-cublas==13.0.2.14", "0cf238ffdbe46c00cb9aa98e7bca745c223a5ca5a53e686ac8b3e5a08fe80d6c", "nvidia/cu13/include/"),
     "cuobjdump": ("nvidia-cuda-cuobjdump==13.5.37", "38780fee50863252a0b8926357faa91615ca1c8346490563f33a06100cd73f58", "nvidia/cu13/bin/"),
     "nvdisasm": ("nvidia-cuda-nvdisasm==13.5.37", "d3fdbdd49fa53e2e4aacd3db8259d052bd2b049ececdcb69e92e083c6728e7ca", "nvidia/cu13/bin/"),
@@ -76,7 +76,7 @@ def nvcc() -> str:
 
 
 def _from_wheel(name: str) -> Path:
-    requirement, sha256, prefix = _WHEELS[name]
+    requirement, sha256, prefix = WHEELS[name]
     return fetch_from_wheel(requirement, sha256, prefix, cache_folder() / "sources" / requirement.replace("==", "-")) / prefix
 
 

@@ -24,7 +24,6 @@ from entrollm_gguf.runtime.paths import cache_folder, patches_folder
 from entrollm_gguf.runtime.pin import read_pin
 
 _HERE = Path(__file__).resolve().parent
-_CUBLAS = ("nvidia-cublas==13.0.2.14", "0cf238ffdbe46c00cb9aa98e7bca745c223a5ca5a53e686ac8b3e5a08fe80d6c", "nvidia/cu13/")
 # The driver's library comes with a driver. What ggml calls of it, for the linker alone.
 _DRIVER = [
     "cuDeviceGet",
@@ -62,7 +61,9 @@ def prebuild(architecture: str, cmake: list[str]) -> list[Path]:
         tree.assemble(tree.unpacked_source(fetch_sdist(pin), pin), patches_folder(), Path(scratch) / "tree")
         tree.sync(Path(scratch) / "tree", source)
     llama_cpp, build, binaries = source / tree.LLAMA_CPP, work / "build", work / "build" / "bin"
-    cublas = fetch_from_wheel(*_CUBLAS, cache_folder() / "sources" / "nvidia-cublas-13.0.2.14-all") / "nvidia/cu13"
+    requirement, sha256, _ = objects.WHEELS["cublas"]  # here the libraries, too
+    folder = cache_folder() / "sources" / (requirement.replace("==", "-") + "-all")
+    cublas = fetch_from_wheel(requirement, sha256, "nvidia/cu13/", folder) / "nvidia/cu13"
     driver = work / "libcuda.so"
     (work / "driver.c").write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in _DRIVER))
     _run("gcc", "-shared", "-Wl,-soname,libcuda.so.1", work / "driver.c", "-o", driver)

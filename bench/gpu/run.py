@@ -387,7 +387,7 @@ _PLACES: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
     ("half of the layers", "fused", ("-ngl", "2", "-ub", "512"), {}),
     ("half of the layers, batches of 4", "fused", ("-ngl", "2", "-ub", "4"), {}),
 )
-# experts of a layer, or one of gate and up: large batches go to the GPU with a copy of the weights, small ones stay on the CPU
+# experts of a layer, or one of gate and up, on the CPU: batches of all sizes are computed there, the rest on the GPU
 _EXPERTS = (
     ("--n-cpu-moe 1", "fused", ("-ngl", "99", "--n-cpu-moe", "1", "-ub", "512"), {}),
     ("--n-cpu-moe 1, batches of 4", "fused", ("-ngl", "99", "--n-cpu-moe", "1", "-ub", "4"), {}),

@@ -2,7 +2,7 @@
 """Codec and CPU ops for aarch64, cross-compiled and run under qemu-user: `python tests/neon/run.py` (`make test-neon`).
 
 There are no NEON kernels yet. What runs is the portable C decoder on the golden vectors, and MUL_MAT, MUL_MAT_ID and GET_ROWS at every
-kernel level against numpy, with ggml's own NEON dot products behind them. The tests are those of x86: test_fused_ops.py takes the program
+kernel level against numpy, with the portable products. The tests are those of x86: test_fused_ops.py takes the program
 that ENTROLLM_OPS_COMMAND names.
 """
 

@@ -207,7 +207,7 @@ static constexpr int entropy_mat_vec_shared_size(int n_warps) {
     return ENTROPY_TABLE_SIZE + n_warps*ENTROPY_RING_SIZE;
 }
 
-// What the table and the words wait for is asked for first, all at once: a small matrix takes little longer than the way to memory and back.
+// What the table and the words wait for is asked for first, all at once. Little was gained by it (docs/cuda.md).
 template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
 ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const entropy_slab & slab, int group, int64_t column0, float * y, int64_t y1) {
     const uint32_t rings = ENTROPY_TABLE_SIZE;
