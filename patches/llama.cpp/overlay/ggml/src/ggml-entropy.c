@@ -307,13 +307,14 @@ void ggml_entropy_stream_open(const struct ggml_entropy_view * v, int64_t group,
     const uint64_t next  = group + 1 < v->n_groups ? group_begin(v, group + 1) : size;
     const uint64_t begin = MIN(at, size - raw);
     const uint64_t end   = MIN(next, size);
-    s->raw   = v->body + begin;
-    s->tail  = s->raw + raw;
-    s->far   = v->body + MAX(end, begin + raw);
-    s->pos   = 0;
-    s->end   = (uint64_t) (s->far - s->tail) * 8;
-    s->unit  = 0;
-    s->n_far = 0;
+    s->raw     = v->body + begin;
+    s->tail    = s->raw + raw;
+    s->far     = v->body + MAX(end, begin + raw);
+    s->pos     = 0;
+    s->end     = (uint64_t) (s->far - s->tail) * 8;
+    s->unit    = 0;
+    s->n_units = v->n_units;
+    s->n_far   = 0;
 }
 
 void ggml_entropy_decode_units(const struct ggml_entropy_code * code, struct ggml_entropy_stream * s, int n_units, int8_t * out) {

@@ -185,6 +185,7 @@ struct ggml_entropy_stream {
     uint64_t        pos;         // in the tail, in bits
     uint64_t        end;         // of the group, in bits from the start of the tail
     int64_t         unit;        // number of the next unit
+    int64_t         n_units;     // of the group
     int64_t         n_far;       // far weights so far; the portable decoder counts them, for verification
 };
 

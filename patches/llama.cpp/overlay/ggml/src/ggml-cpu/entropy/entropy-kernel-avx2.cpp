@@ -22,6 +22,15 @@ static INLINE __m256i expand(uint32_t mask, __m256i byte) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, bits), byte);
 }
 
+// The same of one half of 64 bits, to 1; mask holds them in every 8 bytes.
+static INLINE __m256i ones_of(__m256i mask, int half) {
+    const __m256i spread = half == 0
+        ? _mm256_setr_epi8(0,0,0,0,0,0,0,0, 1,1,1,1,1,1,1,1, 2,2,2,2,2,2,2,2, 3,3,3,3,3,3,3,3)
+        : _mm256_setr_epi8(4,4,4,4,4,4,4,4, 5,5,5,5,5,5,5,5, 6,6,6,6,6,6,6,6, 7,7,7,7,7,7,7,7);
+    const __m256i bits = _mm256_set1_epi64x((long long) 0x8040201008040201);
+    return _mm256_min_epu8(_mm256_and_si256(_mm256_shuffle_epi8(mask, spread), bits), _mm256_set1_epi8(1));
+}
+
 namespace {
 
 struct vectors {
@@ -84,15 +93,20 @@ struct vectors {
 
     INLINE void store(const bytes & r, const uint64_t masks[3], int8_t * out) const {
         // through memory: a load that broadcasts is one instruction, from a register it takes two
-        uint32_t bit[3][2];
-        std::memcpy(bit, masks, sizeof(bit));
-        asm("" : "+m"(bit));
-        const __m256i one  = _mm256_set1_epi8(1);
-        const __m256i two  = _mm256_set1_epi8(2);
-        const __m256i four = _mm256_set1_epi8(4);
+        uint64_t bit[3] = { masks[0], masks[1], masks[2] };
+        asm("" : "+m"(bit[0])); // one at a time, or two are put together first
+        asm("" : "+m"(bit[1]));
+        asm("" : "+m"(bit[2]));
+        const __m256i mask[3] = {
+            _mm256_set1_epi64x((long long) bit[0]), _mm256_set1_epi64x((long long) bit[1]), _mm256_set1_epi64x((long long) bit[2])
+        };
         for (int half = 0; half < 2; half++) {
-            const __m256i number = _mm256_or_si256(
-                _mm256_or_si256(expand(bit[0][half], one), expand(bit[1][half], two)), expand(bit[2][half], four));
+            // bits to bytes of 0 and 1, and those to numbers
+            const __m256i ones    = ones_of(mask[0], half);
+            const __m256i twos    = ones_of(mask[1], half);
+            const __m256i fours   = ones_of(mask[2], half);
+            const __m256i halved  = _mm256_add_epi8(twos, _mm256_add_epi8(fours, fours));
+            const __m256i number  = _mm256_add_epi8(ones, _mm256_add_epi8(halved, halved));
             _mm256_store_si256((__m256i *) (out + 32*half), _mm256_add_epi8(r.half[half], _mm256_shuffle_epi8(table, number)));
         }
     }

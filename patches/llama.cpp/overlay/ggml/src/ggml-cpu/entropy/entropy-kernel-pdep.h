@@ -10,10 +10,11 @@
 //                  up to 64 weights in one instruction. What stays open is the mask of the next digit; popcounts move the position on.
 //                  The planes become three masks of a class number; the one for class 0 is 000, as for direct weights
 //     class        masks to bytes; the number looks up an addend among 16; q = r + addend
-//     far          rare: a list of the units that have any, whose bytes are patched in behind the loop
+//     far          rare: patched over the unit's bytes
 //
 // Only the position makes a unit wait for the one before, and the processor works on the next unit's raw bits meanwhile: two streams in turns
-// brought nothing (docs/decisions.md).
+// brought nothing (docs/decisions.md). Nothing is called from the loop, so that all constants stay in registers: a unit whose tail is longer
+// than its windows ends it, is decoded out of line, and the loop begins anew.
 
 #pragma once
 
@@ -22,7 +23,6 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 
 #define INLINE TARGET inline __attribute__((always_inline))
@@ -36,108 +36,125 @@ constexpr int CLAMP = GGML_ENTROPY_CLAMP_UNITS;
 // Bits of a window that are there wherever in its first byte it starts.
 constexpr unsigned WINDOW = 57;
 
+// Tails of a mean length up to this many bits a unit are read through one window: less work, and one unit in 30 is longer than it.
+constexpr unsigned SHORT_TAIL = 44;
+
 // Bit planes of the class number of 64 weights, and the weights that are far.
 struct class_masks {
     uint64_t bit[3];
     uint64_t far;
 };
 
-// The tail of a unit as its reader sees it. The first plane has a window of its own: it is as long as all others together, and where the
-// second window starts is known before the first is loaded. SLOW takes every plane from memory: for the few units whose tail is longer.
-template <bool SLOW>
-struct unit_tail {
-    const uint8_t * bytes;
-    uint64_t        pos;
-    uint64_t        first;
-    uint64_t        rest;
-    bool            at_first = true;
+INLINE uint64_t fetch(const uint8_t * bytes, uint64_t pos) {
+    uint64_t bits;
+    std::memcpy(&bits, bytes + (pos >> 3), 8);
+    return bits >> (pos & 7);
+}
 
-    INLINE unit_tail(const uint8_t * bytes, uint64_t pos, unsigned n_open) : bytes(bytes), pos(pos) {
-        first = fetch(pos);
-        rest  = fetch(pos + n_open);
-    }
+// Readers of a unit's tail: plane() gives the next plane, for the n weights of open, and fits() tells whether all planes were there.
 
-    INLINE uint64_t fetch(uint64_t at) const {
-        uint64_t bits;
-        std::memcpy(&bits, bytes + (at >> 3), 8);
-        bits >>= at & 7;
-        if (SLOW && (at & 7) != 0) {
-            bits |= (uint64_t) bytes[(at >> 3) + 8] << (64 - (at & 7));
-        }
-        return bits;
-    }
+// The whole tail in one window.
+struct one_window {
+    uint64_t pos;
+    uint64_t bits;
 
-    // The next plane, for the n weights of open.
+    INLINE one_window(const uint8_t * tail, uint64_t pos, unsigned) : pos(pos), bits(fetch(tail, pos)) {}
+
     INLINE uint64_t plane(uint64_t open, unsigned n) {
-        const uint64_t found = _pdep_u64(SLOW ? fetch(pos) : at_first ? first : rest, open);
-        pos += n;
-        if (!at_first) {
-            rest >>= n & 63; // 64 only where the unit is too long
-        }
-        at_first = false;
+        const uint64_t found = _pdep_u64(bits, open);
+        bits >>= n & 63; // 64 only where the unit is too long
+        pos   += n;
         return found;
+    }
+
+    INLINE bool fits(uint64_t start, unsigned) const {
+        return pos - start <= WINDOW;
     }
 };
 
-// The tail shapes of docs/format.md 5.2. number[c] is the class number that masks give class c; 0 is direct weights', too.
+// The first plane has a window of its own: it is as long as all others together, and where the second window starts is known before the first
+// is loaded.
+struct two_windows {
+    uint64_t pos;
+    uint64_t first;
+    uint64_t rest;
+    bool     at_first = true;
+
+    INLINE two_windows(const uint8_t * tail, uint64_t pos, unsigned n_open) :
+            pos(pos), first(fetch(tail, pos)), rest(fetch(tail, pos + n_open)) {}
+
+    INLINE uint64_t plane(uint64_t open, unsigned n) {
+        const uint64_t found = _pdep_u64(at_first ? first : rest, open);
+        if (!at_first) {
+            rest >>= n & 63;
+        }
+        at_first = false;
+        pos += n;
+        return found;
+    }
+
+    INLINE bool fits(uint64_t start, unsigned n_open) const {
+        return n_open <= WINDOW && pos - start <= n_open + WINDOW;
+    }
+};
+
+// Every plane from memory, for any tail.
+struct no_window {
+    const uint8_t * tail;
+    uint64_t        pos;
+
+    INLINE uint64_t plane(uint64_t open, unsigned n) {
+        uint64_t bits = fetch(tail, pos);
+        if ((pos & 7) != 0) {
+            bits |= (uint64_t) tail[(pos >> 3) + 8] << (64 - (pos & 7));
+        }
+        pos += n;
+        return _pdep_u64(bits, open);
+    }
+};
+
+// The tail shapes of docs/format.md 5.2. number[c] is the class number that masks give class c, and 0 is direct weights', too. Numbers are
+// sums of planes without carry, chosen such that the masks take the fewest operations: each plane adds the same to the number wherever it is
+// set (in tail_1_1_2_2 a 1, b 5, c 1, d 2, e 4, f 5), and all classes come out different.
 
 struct tail_2_2 {
-    static constexpr uint8_t number[] = { 0, 1, 2, 4, 5, 6 };
+    static constexpr uint8_t number[] = { 0, 1, 2, 3, 7, 6 };
 
-    template <bool SLOW>
-    static INLINE class_masks read(unit_tail<SLOW> & w, uint64_t open, unsigned n0) {
+    template <typename READER>
+    static INLINE class_masks read(READER & w, uint64_t open, unsigned n0) {
         const uint64_t a  = w.plane(open, n0);
         const uint64_t b  = w.plane(open, n0);
         const uint64_t on = a & b;
         const unsigned n1 = (unsigned) _mm_popcnt_u64(on);
         const uint64_t c  = w.plane(on, n1);
         const uint64_t d  = w.plane(on, n1);
-        return { { (a ^ on) | c, (b ^ on) | d, on }, c & d };
+        return { { a ^ d, b, c ^ d }, c & d };
     }
 };
 
 struct tail_1_1_2_2 {
-    static constexpr uint8_t number[] = { 0, 1, 2, 3, 6, 4, 5, 7 };
+    static constexpr uint8_t number[] = { 0, 1, 4, 5, 6, 7, 3, 2 };
 
-    template <bool SLOW>
-    static INLINE class_masks read(unit_tail<SLOW> & w, uint64_t open, unsigned n0) {
+    template <typename READER>
+    static INLINE class_masks read(READER & w, uint64_t open, unsigned n0) {
         const uint64_t a  = w.plane(open, n0); // class 0 ends here
         const unsigned n1 = (unsigned) _mm_popcnt_u64(a);
         const uint64_t b  = w.plane(a, n1);    // class 1
         const unsigned n2 = (unsigned) _mm_popcnt_u64(b);
-        const uint64_t c  = w.plane(b, n2);
+        const uint64_t c  = w.plane(b, n2);    // classes 2 to 4
         const uint64_t d  = w.plane(b, n2);
         const uint64_t on = c & d;
         const unsigned n3 = (unsigned) _mm_popcnt_u64(on);
-        const uint64_t e  = w.plane(on, n3);
+        const uint64_t e  = w.plane(on, n3);   // classes 5 to 7
         const uint64_t f  = w.plane(on, n3);
-        const uint64_t ends = b ^ on;          // classes 2 to 4
-        return { { (a ^ b) | (c & ends) | e | f, ends | f, (d & ends) | on }, e & f };
+        return { { a ^ b ^ c ^ f, d, b ^ e ^ f }, e & f };
     }
 };
 
-template <typename TAIL>
-struct slow_result {
-    class_masks masks;
-    uint64_t    pos;
-};
-
-// A unit whose tail is longer than its windows. Kept out of line, so that the loop keeps its registers.
-template <typename TAIL>
-TARGET __attribute__((noinline, cold)) slow_result<TAIL> read_slow(const uint8_t * bytes, uint64_t pos, uint64_t open) {
-    const unsigned n_open = (unsigned) _mm_popcnt_u64(open);
-    unit_tail<true> w(bytes, pos, n_open);
-    const class_masks masks = TAIL::template read<true>(w, open, n_open);
-    return { masks, w.pos };
-}
-
-// Far weights of the units whose bits are set in `units`.
-INLINE void patch_far(uint64_t units, const uint64_t far[], ggml_entropy_stream * s, int8_t * out) {
-    for (; units != 0; units &= units - 1) {
-        const int u = __builtin_ctzll(units);
-        for (uint64_t open = far[u]; open != 0; open &= open - 1) {
-            out[u*UNIT + __builtin_ctzll(open)] = s->far > s->tail ? (int8_t) *--s->far : 0;
-        }
+// Far weights of a unit.
+INLINE void patch_far(uint64_t open, ggml_entropy_stream * s, int8_t * out) {
+    for (; open != 0; open &= open - 1) {
+        out[__builtin_ctzll(open)] = s->far > s->tail ? (int8_t) *--s->far : 0;
     }
 }
 
@@ -148,7 +165,21 @@ INLINE void patch_far(uint64_t units, const uint64_t far[], ggml_entropy_stream 
 //     open(r)                                  bit i: is raw number i larger than the last direct one?
 //     store(r, bit, out)                       r + addends[class number], whose bits are the masks bit[0..3)
 //     add(from, n, out)                        64 bytes from memory, plus n
+// A unit of any tail, out of line. Returns the position behind it.
 template <typename VECTORS, int RAW_BITS, typename TAIL>
+TARGET __attribute__((noinline, cold)) uint64_t decode_long_unit(
+        const VECTORS & vectors, const uint8_t * raw, uint64_t pos, ggml_entropy_stream * s, int8_t * out) {
+    typename VECTORS::bytes r;
+    VECTORS::template unpack<RAW_BITS>(raw, r);
+    const uint64_t open = vectors.open(r);
+    no_window w = { s->tail, pos };
+    const class_masks masks = TAIL::read(w, open, (unsigned) _mm_popcnt_u64(open));
+    vectors.store(r, masks.bit, out);
+    patch_far(masks.far, s, out);
+    return w.pos;
+}
+
+template <typename VECTORS, int RAW_BITS, typename TAIL, typename READER>
 TARGET void decode(const ggml_entropy_code * code, ggml_entropy_stream * s, int n_units, int8_t * out) {
     const int direct = (1 << RAW_BITS) - (1 << code->bin_bits);
     alignas(16) uint8_t addends[16];
@@ -158,35 +189,45 @@ TARGET void decode(const ggml_entropy_code * code, ggml_entropy_stream * s, int 
     }
     const VECTORS vectors(addends, direct - 1);
 
-    uint64_t far[GGML_ENTROPY_MAX_UNITS];
-    uint64_t with_far = 0;
     const uint8_t * const tail = s->tail;
     const uint8_t * raw = s->raw;
     uint64_t        pos = s->pos;
-    for (int u0 = 0; u0 < n_units; u0 += CLAMP) {
-        pos = std::min(pos, s->end);
-        for (int u = u0; u < u0 + CLAMP; u++) {
+    const uint64_t  end = s->end;
+    int8_t *       to   = out;
+    int8_t * const last = out + n_units*UNIT;
+    while (to != last) {
+        do {
+            if (__builtin_expect(pos > end, 0)) {
+                if ((to - out) % (CLAMP*UNIT) == 0) {
+                    pos = end;
+                }
+                asm("" : "+r"(pos)); // else the compiler makes it a conditional move, which every unit waits for
+            }
             typename VECTORS::bytes r;
             raw = VECTORS::template unpack<RAW_BITS>(raw, r);
             const uint64_t open = vectors.open(r);
             const unsigned n_open = (unsigned) _mm_popcnt_u64(open);
-            unit_tail<false> w(tail, pos, n_open);
-            class_masks masks = TAIL::template read<false>(w, open, n_open);
-            if (__builtin_expect(n_open > WINDOW || w.pos - pos > n_open + WINDOW, 0)) {
-                const slow_result<TAIL> slow = read_slow<TAIL>(tail, pos, open);
-                masks = slow.masks;
-                w.pos = slow.pos;
+            READER w(tail, pos, n_open);
+            const class_masks masks = TAIL::read(w, open, n_open);
+            if (__builtin_expect(!w.fits(pos, n_open), 0)) {
+                break;
             }
-            pos       = w.pos;
-            far[u]    = masks.far;
-            with_far |= (uint64_t) (masks.far != 0) << u;
-            vectors.store(r, masks.bit, out + u*UNIT);
+            pos = w.pos;
+            vectors.store(r, masks.bit, to);
+            if (__builtin_expect(masks.far != 0, 0)) {
+                patch_far(masks.far, s, to);
+            }
+            to += UNIT;
+        } while (to != last);
+        if (to != last) {
+            const VECTORS copy = vectors; // whose address may be given away: the loop's own stays in registers
+            pos = decode_long_unit<VECTORS, RAW_BITS, TAIL>(copy, raw - 8*RAW_BITS, pos, s, to);
+            to += UNIT;
         }
     }
     s->raw   = raw;
     s->pos   = pos;
     s->unit += n_units;
-    patch_far(with_far, far, s, out);
 }
 
 // B = 8: bytes as they are, but for the base.
@@ -199,17 +240,25 @@ TARGET void decode_bytes(const ggml_entropy_code * code, ggml_entropy_stream * s
     s->unit += n_units;
 }
 
-template <typename VECTORS, typename TAIL>
+template <typename VECTORS, typename TAIL, typename READER>
 TARGET void decode_by_raw_bits(const ggml_entropy_code * code, ggml_entropy_stream * s, int n_units, int8_t * out) {
     switch (code->raw_bits) {
-        case 1:  return decode<VECTORS, 1, TAIL>(code, s, n_units, out);
-        case 2:  return decode<VECTORS, 2, TAIL>(code, s, n_units, out);
-        case 3:  return decode<VECTORS, 3, TAIL>(code, s, n_units, out);
-        case 4:  return decode<VECTORS, 4, TAIL>(code, s, n_units, out);
-        case 5:  return decode<VECTORS, 5, TAIL>(code, s, n_units, out);
-        case 6:  return decode<VECTORS, 6, TAIL>(code, s, n_units, out);
-        default: return decode<VECTORS, 7, TAIL>(code, s, n_units, out);
+        case 1:  return decode<VECTORS, 1, TAIL, READER>(code, s, n_units, out);
+        case 2:  return decode<VECTORS, 2, TAIL, READER>(code, s, n_units, out);
+        case 3:  return decode<VECTORS, 3, TAIL, READER>(code, s, n_units, out);
+        case 4:  return decode<VECTORS, 4, TAIL, READER>(code, s, n_units, out);
+        case 5:  return decode<VECTORS, 5, TAIL, READER>(code, s, n_units, out);
+        case 6:  return decode<VECTORS, 6, TAIL, READER>(code, s, n_units, out);
+        default: return decode<VECTORS, 7, TAIL, READER>(code, s, n_units, out);
     }
+}
+
+// The reader by what is left of the group: both read any tail.
+template <typename VECTORS, typename TAIL>
+TARGET void decode_by_length(const ggml_entropy_code * code, ggml_entropy_stream * s, int n_units, int8_t * out) {
+    const bool is_short = s->pos < s->end && s->end - s->pos <= SHORT_TAIL*(uint64_t) (s->n_units - s->unit);
+    return is_short ? decode_by_raw_bits<VECTORS, TAIL, one_window >(code, s, n_units, out)
+                    : decode_by_raw_bits<VECTORS, TAIL, two_windows>(code, s, n_units, out);
 }
 
 static_assert(GGML_ENTROPY_N_TAILS == 3, "every tail shape is here");
@@ -219,8 +268,8 @@ template <typename VECTORS>
 TARGET void decode_units(const ggml_entropy_code * code, ggml_entropy_stream * s, int n_units, int8_t * out) {
     switch (code->tail) {
         case 0:  return decode_bytes<VECTORS>(code, s, n_units, out);
-        case 1:  return decode_by_raw_bits<VECTORS, tail_2_2>(code, s, n_units, out);
-        default: return decode_by_raw_bits<VECTORS, tail_1_1_2_2>(code, s, n_units, out);
+        case 1:  return decode_by_length<VECTORS, tail_2_2>(code, s, n_units, out);
+        default: return decode_by_length<VECTORS, tail_1_1_2_2>(code, s, n_units, out);
     }
 }
 
