@@ -126,6 +126,18 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> t
     return kept.reshape(-1).view(np.uint8), record, ggml_type
 
 
+def keep_chunked(name: str, table: Any, ggml_type: int) -> tuple[Any, TensorRecord, int]:
+    """A table larger than memory (gguf.LazyChunkedTensor), with its record and the type it is written in.
+
+    Args:
+        ggml_type: what upstream would write.
+    """
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
+    return table, TensorRecord(name, types(ggml_type).name, shape, table.nbytes, "kept: read in chunks"), ggml_type
+
+
 # Share of a row's energy that rounding to a type loses at most where f16 has all its digits. Q8_0: half a step of 1/127 of a block's largest
 # weight for each of 32 weights, if that weight stands alone, and a little for the scale. F16: 2^-11 of each weight.
 _LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-22}
@@ -145,7 +157,8 @@ def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.
             quantized = quants.quantize(x, ggml_type)
             error = quants.dequantize(quantized, ggml_type) - x
             lost, energy = (np.einsum("ij,ij->i", one, one, dtype=np.float64) for one in (error, x))
-        return quantized.view(np.uint8), int(np.count_nonzero(~(lost <= allowed * energy)))
+        # an infinity is not to be had for the sake of rows that nobody uses
+        return quantized.view(np.uint8), int(np.count_nonzero(lost > allowed * energy)) if np.isfinite(lost).all() else len(rows)
 
     parts = map_chunks(part, len(rows), threads, rows.shape[1])
     return np.concatenate([part for part, _ in parts]), sum(n_lost for _, n_lost in parts)
