@@ -208,7 +208,8 @@ def corrected(tried: list[tuple[float, int]], target: Target, survey: Survey) ->
     wanted = target.n_bytes - (0.003 if below else 0.003 * 2 ** (len(tried) - 1)) * target.coded_bytes
     above, below = [one for one in tried if one[1] > wanted], [one for one in tried if one[1] <= wanted]
     if above and below:
-        (fine, large), (coarse, small) = min(above, key=lambda one: one[1]), max(below, key=lambda one: one[1])
+        # of equal sizes, which small matrices have, those nearest to each other
+        (fine, large), (coarse, small) = min(above, key=lambda one: (one[1], -one[0])), max(below, key=lambda one: (one[1], -one[0]))
         step = fine * (coarse / fine) ** ((large - wanted) / (large - small))
     else:
         step, actual = tried[-1]
