@@ -51,7 +51,8 @@ def _check_offset_grid(kind: EntropyType, wanted: float, scale: np.ndarray, offs
     if kind is EntropyType.EQ8:
         if not (largest < F16_OVERFLOW).all():
             raise QuantizeError(f"with an offset, weights up to {largest.max():.6g} need a type larger than F16")
-        stored = np.hypot(stored, np.spacing(largest.astype(np.float16)).astype(np.float64))
+        spacing = np.where(largest > 0, np.spacing(largest.astype(np.float16)), 0)  # zeros are exact
+        stored = np.hypot(stored, spacing.astype(np.float64))
     # equal weights have no step: they may be as coarse as an f16 with all its digits
     count_coarse(np.where(wanted > 0, wanted, largest * 2.0**-10), stored)
 

@@ -65,14 +65,14 @@ def test_every_recipe(extreme, tmp_path, recipe):
     report = convert_model(folder, out, recipe=recipe)
     decode_file(out, plain)
     found = weights_of(plain)
-    # 4.5 bits lose half a percent of a row, 4 bits over the range of a row a few percent
-    allowed = 1e-3 if report.recipe.startswith("EQ8") and recipe != "EQ8-4.5" else 0.06
+    # 4.5 bits lose half a percent of a row, 4 bits over the range of a matrix a third
+    allowed = 0.4 if recipe.startswith("EQ4") else 0.01 if recipe == "EQ8-4.5" else 1e-3
     for name, right in matrices.items():
         assert np.isfinite(found[name]).all() and nmse(found[name], right) < allowed, name
     records = {t.name: t for t in report.tensors}
     small = records["blk.0.attn_v.weight"]
     assert small.type_name == "F32" and "f16" in small.scheme
-    assert records["blk.1.ffn_down.weight"].type_name == ("F32" if recipe in ("EQ8", "EQ8-4.5", "EQ8-paper", "EQ4-paper") else RECIPES[recipe].kind.name)
+    assert records["blk.1.ffn_down.weight"].type_name == ("EQ8" if recipe in ("EQ8-mixed", "EQ8-rows") else "F32")
     unused = records["blk.0.ffn_up.weight"]
     assert unused.type_name == RECIPES[recipe].kind.name and unused.coarse_rows == (6 if "rows" in unused.scheme or "step" in unused.scheme else 0)
     in_file = {mode: logits(out, kv_overrides={"entropy.mode": mode}) for mode in ("load", "fused")}
