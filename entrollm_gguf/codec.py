@@ -44,6 +44,21 @@ class EntropyType(enum.IntEnum):
         return (-128, 127) if self is EntropyType.EQ8 else (-8, 7)
 
 
+#: From here on, an f32 rounds to an infinite f16.
+F16_OVERFLOW = 65520.0
+
+
+def largest_weights(scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Largest magnitude that any code of EQ8 stands for (docs/format.md 6.1), f32.
+
+    Args:
+        scales: f16, shape (n_slabs, 1) or (n_slabs, n_rows).
+        offsets: f32, the same or the other of these shapes.
+    """
+    low, high = (scales.astype(np.float32) * np.float32(q) + offsets for q in EntropyType.EQ8.code_range)
+    return np.maximum(np.abs(low), np.abs(high))
+
+
 class CodecError(ValueError):
     """The caller's arguments cannot be encoded: a shape, a range, a scale that is no finite f16."""
 
@@ -565,8 +580,23 @@ class Payload:
         for i, view in enumerate(self._views):
             self._check(c.library().ggml_entropy_open(self._slab(i), self.header.slab_size, ctypes.byref(view)))
 
+    def check_plain(self) -> None:
+        """That the stock type of `plain` holds every weight: an f16 ends at 65504.
+
+        Raises:
+            FormatError: it does not.
+        """
+        if self.header.plain_type != "F16":  # the others hold scale and offset themselves
+            return
+        largest = largest_weights(*self.scales_and_offsets()).max()
+        if not largest < F16_OVERFLOW:
+            raise FormatError(
+                f"{self.label}: has weights up to {largest:.6g}, which would be infinite as F16; "
+                "run it in fused mode (GGML_ENTROPY_MODE=fused), or convert the model again"
+            )
+
     def verify(self, threads: int | None = None) -> None:
-        """The hash, that every row group holds exactly its codes, and that unused bytes are zero.
+        """The hash, that every row group holds exactly its codes, that unused bytes are zero, and `check_plain`.
 
         Raises:
             FormatError: with what is wrong first.
@@ -577,6 +607,7 @@ class Payload:
             self._check(lib.ggml_entropy_verify_hash(ref, self._slab(i), _seed(self.name, i)))
             self._check(lib.ggml_entropy_verify_padding(ref, self._slab(i)))
             self._check(_run(functools.partial(lib.ggml_entropy_verify_groups, ref), view.n_groups, _threads(threads)))
+        self.check_plain()
 
     def codes(self, threads: int | None = None) -> np.ndarray:
         """The integer codes, int8 of the tensor's shape."""
@@ -587,7 +618,10 @@ class Payload:
 
         Returns:
             the type's name (Q8_0, F16, Q4_0 or Q4_1) and its rows as uint8, shape (*shape[:-1], row bytes).
+        Raises:
+            FormatError: the type does not hold the weights.
         """
+        self.check_plain()
         name = self.header.plain_type
         return name, self._decode_slabs(self._decode_plain, np.uint8, _PLAIN_ROW_SIZE[name](self.header.n_cols), threads)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from entrollm_gguf.calibrate.statistics import TensorStatistics
+from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.quant.fold import Folding
 from entrollm_gguf.quant.profile import Profile
@@ -75,16 +76,25 @@ class Survey:
     """A model before it is quantized."""
 
     profiles: dict[str, Profile]  # by GGUF name
-    kept: dict[str, int]  # bytes of the tensors that stay in a stock type
-    kept_shapes: dict[str, tuple[int, ...]]  # of the same, numpy order
+    kept: dict[str, TensorRecord]  # tensors that stay in a stock type
     metadata_bytes: int  # everything in the file that is not a tensor's data
     sensitivities: dict[str, Sensitivity] = field(default_factory=dict)  # by GGUF name; some or all may have none
     heads: tuple[int, int] | None = None  # query and key-value heads of a layer
 
     @property
+    def n_coded(self) -> int:
+        """Weights that are entropy-coded."""
+        return sum(one.n_weights for one in self.profiles.values())
+
+    @property
     def n_weights(self) -> int:
         """Weights of all tensors."""
-        return sum(math.prod(shape) for shape in self.kept_shapes.values()) + sum(one.n_weights for one in self.profiles.values())
+        return self.n_coded + sum(one.n_elements for one in self.kept.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the tensors that stay in a stock type."""
+        return sum(one.n_bytes for one in self.kept.values())
 
     def factor(self, name: str) -> float:
         """What the model's step is multiplied by for a tensor. On average, in logarithms and by weights, it is about 1."""
@@ -99,74 +109,109 @@ class Survey:
         pairs = [(self.profiles[name].n_weights, math.log(one.factor)) for name, one in self.sensitivities.items()]
         return math.exp(sum(n * log for n, log in pairs) / sum(n for n, _ in pairs))
 
+    def coded_bytes(self, step: float) -> int:
+        """Expected bytes of the entropy-coded tensors."""
+        with ThreadPoolExecutor() as pool:  # planning a code takes milliseconds, without the interpreter's lock
+            return sum(pool.map(lambda name: self.profiles[name].n_bytes(step * self.factor(name)), self.profiles))
+
     def tensor_bytes(self, step: float) -> int:
         """Expected bytes of all tensors."""
-        with ThreadPoolExecutor() as pool:  # planning a code takes milliseconds, without the interpreter's lock
-            return sum(self.kept.values()) + sum(pool.map(lambda name: self.profiles[name].n_bytes(step * self.factor(name)), self.profiles))
+        return self.kept_bytes + self.coded_bytes(step)
 
     def least_bytes(self, step: float) -> int:
-        """The same if codes took no more than their entropy, which is quicker to tell."""
-        return sum(self.kept.values()) + sum(one.least_bytes(step * self.factor(name)) for name, one in self.profiles.items())
+        """Expected bytes of the entropy-coded tensors if codes took no more than their entropy, which is quicker to tell."""
+        return sum(one.least_bytes(step * self.factor(name)) for name, one in self.profiles.items())
+
+    def entropy_bits(self, step: float) -> float:
+        """Expected entropy of all codes, without what stands beside them in the file."""
+        return sum(one.entropy_bits(step * self.factor(name)) for name, one in self.profiles.items())
 
 
-def target_bytes(survey: Survey, bits: float | None, size: int | None) -> int:
-    """Bytes that the tensors may take, from bits per weight of all tensors, or from the size of the whole file.
+@dataclass(frozen=True)
+class Target:
+    """What a conversion aims at."""
 
+    coded_bytes: int  # that the entropy-coded tensors may take
+    kept_bytes: int  # that all others take, as far as the survey knows
+    coarsest: float = _COARSEST  # the largest step
+    promised: bool = True  # by --bits or --size: less is fine and more an error. A recipe comes as near as it can
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all tensors."""
+        return self.kept_bytes + self.coded_bytes
+
+
+def find_target(survey: Survey, *, bits: float | None = None, size: int | None = None, rate: float | None = None) -> Target:
+    """The target of one of these.
+
+    Args:
+        bits: per weight of all tensors.
+        size: bytes of the whole file.
+        rate: bits per entropy-coded weight, of a recipe. What is not coded takes nothing from it. Small matrices, whose headers and scales
+            weigh much, are not made to pay for them with more than a bit per weight.
     Raises:
-        ConversionError: what is kept in stock types needs more than that alone.
+        ConversionError: bits or size are less than the coarsest step gives.
     """
+    kept = survey.kept_bytes
+    if rate is not None:
+        coarsest = _finest_step(survey.entropy_bits, (rate - 1) * survey.n_coded)
+        return Target(int(rate * survey.n_coded / 8), kept, coarsest, promised=False)
     target = int(survey.n_weights * bits / 8) if bits is not None else int(size or 0) - survey.metadata_bytes
-    if target <= sum(survey.kept.values()):
+    least = survey.tensor_bytes(_COARSEST)
+    if least > target:
+        of_kept = f"; {kept} of them are tensors that stay in stock types" if kept else ""
         raise ConversionError(
-            f"too small: the tensors that stay in stock types and the metadata take {sum(survey.kept.values()) + survey.metadata_bytes} bytes alone"
+            f"too small: the least is {least * 8 / survey.n_weights:.2f} bits per weight, a file of {least + survey.metadata_bytes} bytes{of_kept}"
         )
-    return target
+    return Target(target - kept, kept)
 
 
-def step_for(survey: Survey, target: int) -> float:
-    """The finest step whose expected size is at most target bytes.
-
-    Raises:
-        ConversionError: no step is coarse enough.
-    """
-    if survey.tensor_bytes(_COARSEST) > target:
-        least = survey.tensor_bytes(_COARSEST) * 8 / survey.n_weights
-        raise ConversionError(f"too small: the coarsest step gives {least:.2f} bits per weight")
-    if survey.tensor_bytes(FINEST) <= target:
+def step_for(survey: Survey, target: Target) -> float:
+    """The finest step whose expected size is at most the target, or the target's coarsest."""
+    if survey.coded_bytes(FINEST) <= target.coded_bytes:
         return FINEST
+    if survey.coded_bytes(target.coarsest) > target.coded_bytes:
+        return target.coarsest
     # entropies lead to the neighbourhood; what codes take above them there is the same nearby, and leads closer
     least = functools.cache(survey.least_bytes)  # searches begin alike
-    best, over = _COARSEST, 1.0
+    best, over = target.coarsest, 1.0
     for _ in range(_LOOKS):
-        step = _step_by_entropy(least, target / over)
-        size = survey.tensor_bytes(step)
-        if size <= target:
+        step = min(_finest_step(least, target.coded_bytes / over), target.coarsest)
+        size = survey.coded_bytes(step)
+        if size <= target.coded_bytes:
             best = min(best, step)
-        if 0.9985 * target <= size <= target:
+        if 0.9985 * target.coded_bytes <= size <= target.coded_bytes:
             break
         over = size / least(step) / 0.9993
     return best
 
 
-def _step_by_entropy(least_bytes: Callable[[float], float], target: float) -> float:
-    """The finest step, to a tenth of a percent, at which codes as short as their entropy would take at most target bytes."""
+def _finest_step(cost: Callable[[float], float], limit: float) -> float:
+    """The finest step, to a tenth of a percent, at which a cost that falls with the step is at most limit; the coarsest of all if none is."""
     fine, coarse = FINEST, _COARSEST
     while coarse / fine > 1.001:
         middle = math.sqrt(fine * coarse)
-        if least_bytes(middle) > target:
+        if cost(middle) > limit:
             fine = middle
         else:
             coarse = middle
     return coarse
 
 
-def corrected(tried: list[tuple[float, int]], target: int, survey: Survey) -> float:
-    """The next step after conversions with some steps gave some sizes in bytes: between two that lie on both sides of the target, else from the last, for which a bit per weight is a factor of two."""
-    wanted = 0.997 * target
+def corrected(tried: list[tuple[float, int]], target: Target, survey: Survey) -> float:
+    """The next step after conversions with some steps gave some sizes in bytes: between two that lie on both sides of the target, else from the last, for which a bit per weight is a factor of two.
+
+    As long as all are above, it aims lower each time: sizes of small matrices move in steps.
+    """
+    below = [one for one in tried if one[1] <= target.n_bytes]
+    wanted = target.n_bytes - (0.003 if below else 0.003 * 2 ** (len(tried) - 1)) * target.coded_bytes
     above, below = [one for one in tried if one[1] > wanted], [one for one in tried if one[1] <= wanted]
     if above and below:
-        (fine, large), (coarse, small) = min(above, key=lambda one: one[1]), max(below, key=lambda one: one[1])
-        return fine * (coarse / fine) ** ((large - wanted) / (large - small))
-    step, actual = tried[-1]
-    n_coded = sum(one.n_weights for one in survey.profiles.values())
-    return step * 2 ** (8 * (actual - wanted) / n_coded)
+        # of equal sizes, which small matrices have, those nearest to each other
+        (fine, large), (coarse, small) = min(above, key=lambda one: (one[1], -one[0])), max(below, key=lambda one: (one[1], -one[0]))
+        step = fine * (coarse / fine) ** ((large - wanted) / (large - small))
+    else:
+        step, actual = tried[-1]
+        step *= 2 ** (8 * (actual - wanted) / max(1, survey.n_coded))
+    return min(max(step, FINEST), target.coarsest)

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from entrollm_gguf.console import output_console
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
+    from entrollm_gguf.convert.encode import TensorRecord
     from entrollm_gguf.convert.pipeline import ConversionReport, Plan
 
 _RECIPE_HELP = "".join(f"\b\n  {r.name:10} {r.summary}\n" for r in RECIPES.values())
@@ -168,6 +170,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"about {plan.file_bytes / 1e6:.1f} MB, {plan.bits_per_weight:.3f} bits per weight, step {plan.step:.4f} of a row's root mean square"
     )
+    if line := _not_coded(plan.tensors):
+        console.print(f"not coded: {line}")
 
 
 def report_as_dict(report: ConversionReport) -> dict:
@@ -180,6 +184,7 @@ def report_as_dict(report: ConversionReport) -> dict:
         "n_weights": report.n_weights,
         "bits_per_weight": report.bits_per_weight,
         "coded_bits_per_weight": _per_weight(sum(t.n_bytes * 8 for t in coded), coded),
+        "recipe_bits_per_weight": report.rate,
         "entropy_bits_per_weight": _per_weight(sum(t.entropy_bits or 0 for t in coded), coded),
         "seconds": report.seconds,
         "tensors": [dataclasses.asdict(t) for t in report.tensors],
@@ -189,6 +194,23 @@ def report_as_dict(report: ConversionReport) -> dict:
 def _per_weight(bits: float, tensors: list) -> float | None:
     n = sum(t.n_elements for t in tensors)
     return bits / n if n else None
+
+
+def _not_coded(tensors: Sequence[TensorRecord]) -> str:
+    """What becomes of the weights that llama.cpp would quantize and an entropy-coded type cannot hold; empty if there are none."""
+    kept = [t for t in tensors if t.scheme.startswith("kept: ")]
+    if not kept:
+        return ""
+    n, n_bytes, n_all = sum(t.n_elements for t in kept), sum(t.n_bytes for t in kept), sum(t.n_elements for t in tensors)
+    return f"{n / 1e6:.3g} M weights, {n / n_all:.1%} of all, take {n_bytes / 1e6:.3g} MB, {n_bytes * 8 / n:.1f} bits each"
+
+
+def _off_target(rate: float | None, coded: float) -> str:
+    """Why a recipe's bits did not come out; empty if they did."""
+    if rate is None or 0.985 * rate <= coded <= 1.005 * rate:
+        return ""
+    why = "headers and scales of small matrices take the rest" if coded > rate else "no step is finer"
+    return f"; as near to {rate:g} as it comes: {why}"
 
 
 def print_summary(report: ConversionReport, console: Console) -> None:
@@ -201,11 +223,18 @@ def print_summary(report: ConversionReport, console: Console) -> None:
     if data["coded_bits_per_weight"]:
         coded, entropy = data["coded_bits_per_weight"], data["entropy_bits_per_weight"]
         over = f" (+{(coded / entropy - 1) * 100:.2f} %)" if entropy else ""
-        table.add_row("coded matrices", f"{coded:.3f} bits per weight, entropy {entropy:.3f}{over}")
+        table.add_row("coded matrices", f"{coded:.3f} bits per weight, entropy {entropy:.3f}{over}{_off_target(report.rate, coded)}")
+    else:
+        table.add_row("coded matrices", "none: every matrix stays in a stock type")
+    if line := _not_coded(report.tensors):
+        table.add_row("not coded", line)
     types = Counter(t.type_name for t in report.tensors)
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in types.most_common()))
     for record in report.tensors:
         if record.scheme.startswith("kept: "):
             table.add_row("", f"{record.name} stays {record.type_name}: {record.scheme.removeprefix('kept: ')}")
+        if record.coarse_rows:
+            n_rows = math.prod(record.shape[:-1])
+            table.add_row("", f"{record.name}: {record.coarse_rows} of {n_rows} rows have weights too small for f16 scales, and lose most of their digits")
     table.add_row("time", f"{report.seconds:.1f} s")
     console.print(table)

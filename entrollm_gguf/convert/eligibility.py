@@ -32,6 +32,10 @@ _VIEWED = {
     "attn_v_b.weight": "viewed by multi-head latent attention",
     "attn_output_a.weight": "reshaped at load",
     "per_layer_token_embd": "read row by row from disk",
+}
+
+# The same where blocks of quantized weights do not do either.
+_VIEWED_AS_FLOATS = {
     "ple_conv1d": "viewed as a convolution",
     "hc_": "reshaped at load",
 }
@@ -46,7 +50,7 @@ def reason_to_keep(name: str, shape: tuple[int, ...]) -> str | None:
     """
     if len(shape) not in (2, 3):
         return f"{len(shape)} dimensions"
-    for part, why in _VIEWED.items():
+    for part, why in (_VIEWED | _VIEWED_AS_FLOATS).items():
         if part in name:
             return why
     if any(part in name for part in _NOT_QUANTIZED):
@@ -58,3 +62,12 @@ def reason_to_keep(name: str, shape: tuple[int, ...]) -> str | None:
     if shape[-1] > 1 << 24 or shape[-2] > 2**31 - 1 or (len(shape) == 3 and shape[0] > 1 << 16) or math.prod(shape) == 0:
         return "outside the limits of the format"
     return None
+
+
+def can_be_q8_0(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor that is not entropy-coded can be quantized all the same, as llama-quantize does.
+
+    Args:
+        name, shape: as for `reason_to_keep`.
+    """
+    return any(part in name for part in _VIEWED) and len(shape) in (2, 3) and shape[-1] % 32 == 0

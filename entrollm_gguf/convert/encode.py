@@ -23,6 +23,7 @@ class TensorRecord:
     scheme: str  # the grid that was chosen, or why the tensor stays in a stock type
     entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
     coded_bits: int | None = None  # of the codes alone
+    coarse_rows: int = 0  # rows too small for an f16 scale, whose weights are all but lost
 
     @property
     def n_elements(self) -> int:
@@ -59,7 +60,7 @@ def encode_tensor(
         payload (uint8) and its record.
     Raises:
         ConversionError: NaN or infinite weights, or a payload that does not decode to its codes.
-        Unquantizable: finite weights that no f16 scale covers.
+        Unquantizable: finite weights that no f16 scale serves, or that the stock type they would decode to does not hold.
     """
     try:
         quantized = quantizer(weights, kind, threads)
@@ -74,6 +75,7 @@ def encode_tensor(
     if not np.array_equal(decoded, quantized.codes):
         raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")
     record = TensorRecord(
-        name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, encoded.entropy_bits, encoded.coded_bits
-    )
+        name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, encoded.entropy_bits, encoded.coded_bits,
+        quantized.n_coarse,
+    )  # fmt: skip
     return encoded.payload, record

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.budget import FINEST, Survey, corrected, step_for, target_bytes
+from entrollm_gguf.convert.budget import FINEST, Survey, Target, corrected, find_target, step_for
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RATE, Recipe, find_recipe
-from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor
+from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor, keep_chunked
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
@@ -52,6 +52,7 @@ class ConversionReport:
     tensors: tuple[TensorRecord, ...]
     file_bytes: int
     seconds: float
+    rate: float | None = None  # bits per coded weight that the recipe aimed at, None for fixed grids, bits and size
 
     @property
     def n_weights(self) -> int:
@@ -69,21 +70,11 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """A line of a plan."""
-
-    name: str
-    type_name: str  # "EQ8", or "kept"
-    shape: tuple[int, ...]  # numpy order
-    n_bytes: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a conversion to a size would make; sizes are expected to within a percent."""
 
     step: float  # of a row's root mean square
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[TensorRecord, ...]  # without entropies
     file_bytes: int
     bits_per_weight: float  # of all tensors
 
@@ -142,7 +133,7 @@ def convert_model(
     Args:
         model_dir: config.json, tokenizer files and safetensors (or pytorch .bin) weights.
         out_path: the GGUF; appears only when complete.
-        recipe: a name from `RECIPES`; not looked at where bits or size is given.
+        recipe: a name from `RECIPES`; not looked at where bits or size is given. Its bits are those of the entropy-coded matrices, reached as nearly as they can be.
         bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it. Less comes out where the finest step needs less.
         size: bytes of the whole file, the same way.
         threads: None for all cores.
@@ -151,13 +142,13 @@ def convert_model(
         force: replace an existing output.
         progress: called after each tensor.
     Raises:
-        ConversionError: damaged or missing input, NaN weights, unwritable output, full disk.
+        ConversionError: damaged or missing input, NaN weights, bits or a size that cannot be reached, unwritable output, full disk.
         UnsupportedModelError: an architecture that llama.cpp's converter does not know.
         OutputExistsError: the output exists and `force` is not given.
         RuntimeMissingError: the patched runtime is not installed.
     """
     started = time.monotonic()
-    chosen, bits = _choose(recipe, bits, size, calibration)
+    chosen, rate = _choose(recipe, bits, size, calibration)
     out = Path(out_path)
     _check_arguments(bits, size, tile_cols)
     check_output(out, force)
@@ -170,9 +161,8 @@ def convert_model(
 
         if chosen.quantizer == RATE.quantizer:
             survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress)
-            target = target_bytes(survey, bits, size)
-            step = step_for(survey, target)
-            encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step)
+            target = find_target(survey, bits=bits, size=size, rate=rate)
+            encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step_for(survey, target))
         else:
             encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer]))
         with contextlib.closing(encoded):
@@ -184,7 +174,7 @@ def convert_model(
             file_type = import_gguf().LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
             encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary)
         n_bytes = temporary.stat().st_size
-    return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started)
+    return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started, rate)
 
 
 def plan_model(
@@ -203,7 +193,7 @@ def plan_model(
     Raises:
         ConversionError, UnsupportedModelError: as convert_model.
     """
-    chosen, bits = _choose(recipe, bits, size, calibration)
+    chosen, rate = _choose(recipe, bits, size, calibration)
     if chosen.quantizer != RATE.quantizer:
         raise ConversionError(f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits")
     _check_arguments(bits, size, tile_cols)
@@ -212,20 +202,20 @@ def plan_model(
         scratch = Path(folder) / "header.gguf"
         basis = prepare(Path(model_dir), calibration, scratch, threads=threads, progress=progress)
         survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
-    step = step_for(survey, target_bytes(survey, bits, size))
+    step = step_for(survey, find_target(survey, bits=bits, size=size, rate=rate))
+    steps = {name: step * survey.factor(name) for name in survey.profiles}
     planned = [
-        PlannedTensor(name, RATE.kind.name, one.shape, one.n_bytes(step * survey.factor(name)))
-        for name, one in survey.profiles.items()
+        TensorRecord(name, RATE.kind.name, one.shape, one.n_bytes(steps[name]), f"step-{steps[name]:.4f}") for name, one in survey.profiles.items()
     ]
-    planned += [PlannedTensor(name, "kept", survey.kept_shapes[name], n_bytes) for name, n_bytes in survey.kept.items()]
+    planned += survey.kept.values()
     n_bytes = sum(one.n_bytes for one in planned)
     return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)
 
 
 def _choose(recipe: str, bits: float | None, size: int | None, calibration: Calibration | None) -> tuple[Recipe, float | None]:
-    """The recipe, and its bits where neither bits nor size is given."""
+    """The recipe, and its bits per coded weight where neither bits nor size is given."""
     if bits is not None or size is not None:
-        return RATE, bits
+        return RATE, None
     chosen = find_recipe(recipe)
     if calibration is not None and chosen.bits is None:
         raise ConversionError(f"{chosen.name} has a fixed grid and no use for calibration; it is for --bits, --size and recipes with bits")
@@ -269,33 +259,42 @@ def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
     return shape, np.dtype(dtype)
 
 
-def _encode_to_size(encode: Callable[[float], _Encoded], survey: Survey, target: int, step: float) -> _Encoded:
-    """Encode with one step after the other until the tensors take target bytes, or up to 1 % less, or are as fine as they can be. If no step gives that, the largest that is not above.
+def _encode_to_size(encode: Callable[[float], _Encoded], survey: Survey, target: Target, step: float) -> _Encoded:
+    """Encode with one step after the other until the tensors take the target's bytes, or up to 1 % less, or are as fine or as coarse as they can be. If no step gives that, the largest that is not above; if all are above, the smallest.
 
     Raises:
-        ConversionError: all are above.
+        ConversionError: all are above, and the target is promised.
     """
+
+    def rank(one: _Encoded) -> tuple[bool, int]:
+        fits = one.n_bytes <= target.n_bytes
+        return fits, one.n_bytes if fits else -one.n_bytes
+
     best: _Encoded | None = None
     tried: list[tuple[float, int]] = []
     try:
-        for _ in range(_ATTEMPTS):
+        while len(tried) < _ATTEMPTS and step not in dict(tried):
             one = encode(step)
             tried.append((step, one.n_bytes))
-            if one.n_bytes <= target and (best is None or one.n_bytes > best.n_bytes):
+            worse = one
+            if best is None or rank(one) > rank(best):
                 best, worse = one, best
-            else:
-                worse = one
             if worse is not None:
                 worse.close()
-            if best is one and (step <= FINEST or one.n_bytes >= 0.99 * target):
-                return best
-            step = max(FINEST, corrected(tried, target, survey))
+            missed = (target.n_bytes - one.n_bytes) / max(1, target.coded_bytes)
+            if best is one and (0 <= missed <= 0.01 or (missed > 0 and step <= FINEST)):
+                break
+            step = corrected(tried, target, survey)
+        if best.n_bytes > target.n_bytes and target.promised:
+            least = best.n_bytes + survey.metadata_bytes
+            raise ConversionError(
+                f"no step was found for this size: the least that came out is a file of {least} bytes, "
+                f"{best.n_bytes * 8 / survey.n_weights:.2f} bits per weight; ask for that or more"
+            )
     except BaseException:
         if best is not None:
             best.close()
         raise
-    if best is None:
-        raise ConversionError(f"no step was found for this size: {min(size for _, size in tried)} bytes came out for {target}; ask for a little more")
     return best
 
 
@@ -404,9 +403,7 @@ def _interrupts(stop: threading.Event) -> Iterator[None]:
 
 
 def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:
-    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the type upstream chose."""
-    gguf = import_gguf()
-    at, size = spill.append_from(data.tofile, data.nbytes)
-    shape = tuple(gguf.quant_shape_from_byte_shape(data.shape, raw_dtype)) if data.dtype == np.uint8 else tuple(data.shape)
-    type_name = gguf.GGMLQuantizationType(raw_dtype).name
-    return _Part(TensorRecord(name, type_name, shape, size, "kept: read in chunks"), raw_dtype, at, size)
+    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk."""
+    table, record, ggml_type = keep_chunked(name, data, raw_dtype)
+    at, size = spill.append_from(table.tofile, table.nbytes)
+    return _Part(record, ggml_type, at, size)

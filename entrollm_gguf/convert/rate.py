@@ -24,10 +24,10 @@ from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.recipes import RATE, Recipe
-from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor
+from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor, keep, keep_chunked
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
-from entrollm_gguf.quant import NotFiniteError, Profile, profile, quantize_step
+from entrollm_gguf.quant import NotFiniteError, Profile, QuantizeError, profile, quantize_step
 from entrollm_gguf.quant.feedback import workspace
 from entrollm_gguf.quant.fold import EXPONENT, Folding, plan_folding
 
@@ -106,7 +106,7 @@ def treatments(survey: Survey, basis: Basis, step: float) -> Callable[[str], Tre
     """What is done with each tensor, by GGUF name, for the model's step."""
 
     def find(name: str) -> Treatment:
-        if name not in survey.profiles:  # it stays in a stock type
+        if name not in survey.profiles:  # it stays in a stock type: no step suits it
             return Treatment(RATE.kind, functools.partial(quantize_step, step=step))
         sensitive, hessian = survey.sensitivities.get(name), _hessian(name, basis)
         quantizer = functools.partial(
@@ -147,29 +147,36 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
     source = SourceModel(Path(model_dir), scratch)
     total, done = source.n_elements(), 0
     profiles: dict[str, Profile] = {}
-    kept: dict[str, int] = {}
-    records: list[TensorRecord] = []
-    kept_shapes: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, TensorRecord] = {}
     types = import_gguf().GGMLQuantizationType
     futures: deque[tuple[str, int, Future]] = deque()
     sensitivities: dict[str, Sensitivity] = {}
     stays = Treatment(RATE.kind, quantize_step)  # not called: whatever comes to it is kept
     in_flight = 0
 
-    def look(name: str, weights: np.ndarray) -> tuple[Profile, Sensitivity | None]:
+    def look(name: str, weights: np.ndarray) -> tuple[Profile | TensorRecord, Sensitivity | None]:
         weights = basis.folding.apply(name, weights)
         statistics = None if basis.statistics is None else basis.statistics.tensors.get(name)
         one = sensitivity(name, weights, statistics, basis.folding)
-        return profile(weights, None if one is None else one.row_factors), one
+        try:
+            return profile(weights, None if one is None else one.row_factors), one
+        except NotFiniteError:
+            raise
+        except QuantizeError as error:
+            return keep(name, weights, str(error))[1], None
 
     def finish_one() -> None:
         nonlocal done, in_flight
         name, n_weights, future = futures.popleft()
         in_flight -= n_weights
         try:
-            profiles[name], one = future.result()
+            found, one = future.result()
         except NotFiniteError as error:
             raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
+        if isinstance(found, TensorRecord):
+            kept[name] = found
+        else:
+            profiles[name] = found
         if one is not None:
             sensitivities[name] = one
         done += n_weights
@@ -181,7 +188,6 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
         def handle(name: str, data: Any, raw_dtype: int | None) -> None:
             nonlocal done, in_flight
             shape = tuple(data.shape)
-            records.append(TensorRecord(name, "", shape, 0, _SOME_SCHEME))
             chunked = isinstance(data, import_gguf().LazyChunkedTensor)
             if not chunked and raw_dtype == types.BF16 and data.dtype != np.uint8 and reason_to_keep(name, shape) is None:
                 n_weights = math.prod(shape)
@@ -191,20 +197,19 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
                 futures.append((name, n_weights, pool.submit(look, name, evaluate(data))))
                 return
             if chunked:
-                kept[name] = data.nbytes
+                _, kept[name], _ = keep_chunked(name, data, raw_dtype)
             else:
-                payload, record, _ = finish_tensor(name, evaluate(data), raw_dtype, stays, 1, None, threading.Event(), basis.folding)
-                kept[name], shape = payload.nbytes, record.shape
-            kept_shapes[name] = shape
-            done += math.prod(shape)
+                _, kept[name], _ = finish_tensor(name, evaluate(data), raw_dtype, stays, threads or os.cpu_count() or 1, None, threading.Event(), basis.folding)
+            done += kept[name].n_elements
 
         source.each_tensor(handle)
         while futures:
             finish_one()
     # a header of the same tensors without their data; each takes its name, shape, type and place
+    records = [TensorRecord(name, "", one.shape, 0, _SOME_SCHEME) for name, one in profiles.items()] + list(kept.values())
     source.write_file(metadata(RATE, tuple(records), basis), 0, scratch)
     infos = sum(len(record.name.encode()) + 8 + 4 + 8 * len(record.shape) + 4 + 8 for record in records)
-    return Survey(profiles, kept, kept_shapes, scratch.stat().st_size + infos + 32 * (len(records) + 1), sensitivities, source.heads())
+    return Survey(profiles, kept, scratch.stat().st_size + infos + 32 * (len(records) + 1), sensitivities, source.heads())
 
 
 def metadata(recipe: Recipe, records: tuple[TensorRecord, ...], basis: Basis) -> dict[str, Any]:

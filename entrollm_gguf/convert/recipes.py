@@ -17,11 +17,11 @@ class Recipe:
     kind: EntropyType
     quantizer: str  # key of entrollm_gguf.quant.QUANTIZERS, or "step" for steps by rate
     summary: str  # one line for --help
-    bits: float | None = None  # of all tensors per weight, for steps by rate
+    bits: float | None = None  # per entropy-coded weight, for steps by rate
     calibrated_bits: float | None = None  # the same where there is calibration with a text; None for `bits`
 
     def bits_for(self, calibrated: bool) -> float | None:
-        """Bits per weight that a conversion aims at, None for recipes with a fixed grid."""
+        """Bits per entropy-coded weight that a conversion aims at, None for recipes with a fixed grid."""
         return self.calibrated_bits if calibrated and self.calibrated_bits is not None else self.bits
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.eligibility import reason_to_keep
+from entrollm_gguf.convert.eligibility import can_be_q8_0, reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import Quantizer
+from entrollm_gguf.quant.base import MAX_COARSE, map_chunks
 from entrollm_gguf.quant.fold import Folding
 
 # Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
@@ -64,7 +65,7 @@ def finish_tensor(
             return payload, record, types[record.type_name]
         except Unquantizable as error:
             reason = str(error)
-    return _keep(name, data, reason)
+    return keep(name, data, reason, threads)
 
 
 def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarray, TensorRecord, int]:
@@ -97,18 +98,67 @@ _NAMES_OF_DTYPES = {
 }
 
 
-def _keep(name: str, data: np.ndarray, reason: str) -> tuple[np.ndarray, TensorRecord, int]:
-    """A matrix that cannot be entropy-coded, in the smallest stock float type that holds it: BF16 if exact, else F16 if in range, else F32."""
+def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> tuple[np.ndarray, TensorRecord, int]:
+    """A matrix that cannot be entropy-coded, in the smallest stock type that holds it: Q8_0 where llama-quantize would make that of it, BF16 if exact, F16, else F32.
+
+    Args:
+        data: f16 or f32, any shape.
+        reason: for the record.
+    Returns:
+        bytes (uint8), record and ggml type.
+    Raises:
+        ConversionError: NaN or infinite weights.
+    """
     types = import_gguf().GGMLQuantizationType
     if not np.isfinite(data).all():
         raise ConversionError(f"tensor {name}: a weight is NaN or infinite; the checkpoint is damaged or its training diverged")
-    wide = np.ascontiguousarray(data, dtype=np.float32)
-    bits = wide.view(np.uint32)
-    if not (bits & 0xFFFF).any():
-        kept, ggml_type = (bits >> 16).astype(np.uint16), types.BF16
-    elif np.abs(wide).max() <= np.finfo(np.float16).max:
-        kept, ggml_type = wide.astype(np.float16), types.F16
+    shape = tuple(data.shape)
+    rows = np.ascontiguousarray(data).reshape(-1, shape[-1])
+    candidates = [(types.Q8_0, MAX_COARSE)] if can_be_q8_0(name, shape) else []
+    candidates += [(types.BF16, 0), (types.F16, MAX_COARSE)]
+    for ggml_type, share in candidates:
+        kept, n_lost = _as_type(rows, ggml_type, threads)
+        if n_lost <= share * len(rows):
+            break
     else:
-        kept, ggml_type = wide, types.F32
-    record = TensorRecord(name, ggml_type.name, tuple(data.shape), kept.nbytes, f"kept: {reason}")
+        ggml_type, kept, n_lost = types.F32, rows.astype(np.float32, copy=False), 0
+    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, f"kept: {reason}", coarse_rows=n_lost)
     return kept.reshape(-1).view(np.uint8), record, ggml_type
+
+
+def keep_chunked(name: str, table: Any, ggml_type: int) -> tuple[Any, TensorRecord, int]:
+    """A table larger than memory (gguf.LazyChunkedTensor), with its record and the type it is written in.
+
+    Args:
+        ggml_type: what upstream would write.
+    """
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
+    return table, TensorRecord(name, types(ggml_type).name, shape, table.nbytes, "kept: read in chunks"), ggml_type
+
+
+# Share of a row's energy that rounding to a type loses at most where f16 has all its digits. Q8_0: half a step of 1/127 of a block's largest
+# weight for each of 32 weights, if that weight stands alone, and a little for the scale. F16: 2^-11 of each weight.
+_LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-22}
+
+
+def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.ndarray, int]:
+    """Rows in a stock type, uint8 (n_rows, row bytes), and how many of them lose more than they should.
+
+    Args:
+        rows: f16 or f32, shape (n_rows, n_cols), finite.
+    """
+    quants, allowed = import_gguf().quants, _LOST_AT_MOST[ggml_type.name]
+
+    def part(s: slice) -> tuple[np.ndarray, int]:
+        x = rows[s].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            quantized = quants.quantize(x, ggml_type)
+            error = quants.dequantize(quantized, ggml_type) - x
+            lost, energy = (np.einsum("ij,ij->i", one, one, dtype=np.float64) for one in (error, x))
+        # an infinity is not to be had for the sake of rows that nobody uses
+        return quantized.view(np.uint8), int(np.count_nonzero(lost > allowed * energy)) if np.isfinite(lost).all() else len(rows)
+
+    parts = map_chunks(part, len(rows), threads, rows.shape[1])
+    return np.concatenate([part for part, _ in parts]), sum(n_lost for _, n_lost in parts)

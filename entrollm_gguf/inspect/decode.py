@@ -48,7 +48,7 @@ def decode_file(
     """Write the plain GGUF of an entropy-coded one (docs/format.md 6.1). Tensors of stock types are copied.
 
     Raises:
-        FormatError: an invalid input.
+        FormatError: an invalid input, or weights that the stock type does not hold.
         ConversionError: input and output are the same file, nothing to decode, a full disk.
         OutputExistsError: the output exists and `force` is not given.
         RuntimeMissingError: the patched runtime is not installed.
@@ -96,8 +96,9 @@ class _Written:
 
 
 def _plain_type(model: ModelFile, entry: TensorEntry) -> str:
-    name = f"{model.path}: tensor {entry.name}"
-    return codec.read_header(entry.kind, entry.data, entry.shape, name).plain_type
+    payload = codec.Payload(entry.kind, entry.data, entry.shape, entry.name, label=f"{model.path}: tensor {entry.name}")
+    payload.check_plain()
+    return payload.header.plain_type
 
 
 def _copy_metadata(model: ModelFile, writer) -> None:

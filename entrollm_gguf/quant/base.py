@@ -19,6 +19,9 @@ from entrollm_gguf.codec import EntropyType
 # Weights per chunk: the temporaries of a chunk (two f32 arrays) stay in a core's L2 cache.
 _CHUNK = 1 << 16
 
+# So many rows of a matrix may be too small for an f16 scale: tokens that training never touched have weights of next to nothing.
+MAX_COARSE = 1 / 32
+
 
 class QuantizeError(ValueError):
     """These weights cannot be quantized; the message says why, without the tensor's name."""
@@ -36,6 +39,7 @@ class Quantized:
     scales: np.ndarray  # f16, shape (n_slabs, 1) or (n_slabs, n_rows)
     offsets: np.ndarray | None  # f32, same shapes, or None: w = scale * q + offset
     scheme: str  # what was chosen, as recorded in the file's metadata
+    n_coarse: int = 0  # rows that `count_coarse` found
 
 
 Quantizer = Callable[[np.ndarray, EntropyType, int | None], Quantized]
@@ -74,6 +78,24 @@ def f16_not_above(x: float) -> np.float16:
     if not np.isfinite(value):
         raise QuantizeError("the weights are too large for an f16 minimum")
     return value
+
+
+def count_coarse(wanted: np.ndarray, stored: np.ndarray) -> int:
+    """Rows whose error is mostly the rounding to f16: more than a step of the wanted width makes by itself.
+
+    A step s makes a mean square error of s^2 / 12, so rounding costs more than that once the stored step is wider by the square root of 2.
+
+    Args:
+        wanted: steps before rounding, 0 for rows of zeros; any shape.
+        stored: steps that the rounded numbers amount to, the same shape.
+    Raises:
+        QuantizeError: they are too many (`MAX_COARSE`) to be rows that nobody uses.
+    """
+    coarse = np.square(stored, dtype=np.float64) > 2 * np.square(wanted, dtype=np.float64)
+    n = int(np.count_nonzero(coarse))
+    if n > MAX_COARSE * coarse.size:
+        raise QuantizeError(f"an f16 is too coarse for steps of {np.median(wanted[coarse]):.1e}")
+    return n
 
 
 def map_chunks(function: Callable[[slice], object], n: int, threads: int | None, n_weights: int = 1) -> list:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType, count_codes, plan_code
-from entrollm_gguf.quant.base import Quantized, value_range
+from entrollm_gguf.quant.base import Quantized, QuantizeError, value_range
 from entrollm_gguf.quant.uniform import quantize_asymmetric, quantize_symmetric
 
 
@@ -18,14 +18,22 @@ def coded_bits(quantized: Quantized, kind: EntropyType, threads: int | None = No
 
 
 def quantize_mixed(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
-    """Quantize a tensor with the grid that codes smaller; symmetric on a tie, since it needs no offset.
+    """Quantize a tensor with the grid that codes smaller, or the only one that holds it; symmetric on a tie, since it needs no offset.
 
     Args:
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
-        QuantizeError: the range does not fit f16 scales.
+        QuantizeError: neither grid holds the range; the message is that of the last.
     """
     low, high = value_range(weights, threads)
-    grids = [grid(weights, kind, low, high, threads) for grid in (quantize_symmetric, quantize_asymmetric)]
-    return min(grids, key=lambda g: coded_bits(g, kind, threads))
+    grids: list[Quantized] = []
+    refusal = None
+    for grid in (quantize_symmetric, quantize_asymmetric):
+        try:
+            grids.append(grid(weights, kind, low, high, threads))
+        except QuantizeError as error:
+            refusal = error
+    if not grids:
+        raise refusal
+    return min(grids, key=lambda g: coded_bits(g, kind, threads)) if len(grids) > 1 else grids[0]

@@ -19,7 +19,7 @@ def quantize_paper(weights: np.ndarray, kind: EntropyType, threads: int | None =
         kind: EQ8 for uint8, EQ4 for uint4.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
-        QuantizeError: the range does not fit f16 scales.
+        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes to.
     """
     low, high = value_range(weights, threads)
     grid = quantize_symmetric_unsigned if low * high >= 0 else quantize_asymmetric

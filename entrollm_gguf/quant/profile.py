@@ -9,8 +9,7 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import NotFiniteError
-from entrollm_gguf.quant.step import row_rms, top_code
+from entrollm_gguf.quant.step import check_peaks, row_peaks, row_rms, top_code
 
 # A step is rarely below 0.03 rms: eight bins, and counts between bin edges are interpolated.
 _BINS_PER_RMS = 256
@@ -87,19 +86,19 @@ def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profi
         row_factors: as `quantize_step` will get them, f32 (n_slabs, n_rows).
     Raises:
         NotFiniteError: a weight is NaN or infinite.
+        QuantizeError: `quantize_step` refuses these weights, whatever the step.
     """
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
     factors = None if row_factors is None else row_factors.reshape(-1)
+    largest = np.empty(len(flat), np.float32)
     counts = [np.zeros(2 * reach * _BINS_PER_RMS) for reach in _RANGES]
     peaks, rows = np.zeros(len(_PEAKS)), np.zeros(len(_PEAKS))
     at_once = max(1, (1 << 18) // n_cols)  # temporaries stay in the cache
     for begin in range(0, len(flat), at_once):
         s = slice(begin, begin + at_once)
         x = flat[s].astype(np.float32)
-        peak = np.abs(x).max(axis=1)
-        if not np.isfinite(peak).all():
-            raise NotFiniteError("a weight is NaN or infinite")
+        largest[s] = peak = row_peaks(x)
         unit = row_rms(x) * (1 if factors is None else factors[s])
         scale = np.where(unit > 0, unit, 1).astype(np.float32)
         x *= (_BINS_PER_RMS / scale)[:, None]
@@ -111,6 +110,7 @@ def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profi
             counts[i] += np.bincount(bins.reshape(-1), minlength=n_bins)
             peaks[i] += peak[of_row == i].sum()
             rows[i] += np.count_nonzero(of_row == i)
+    check_peaks(largest, top_code(EntropyType.EQ8))
     cumulated = [np.concatenate([[0.0], np.cumsum(one)]) for one in counts]
     classes = (RowClass(cumulated[i], int(_RANGES[i]), float(peaks[i] / rows[i])) for i in np.flatnonzero(rows))
     return Profile(tuple(weights.shape), tuple(classes))

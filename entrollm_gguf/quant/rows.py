@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, map_chunks, n_bits
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, count_coarse, map_chunks, n_bits
 
 
 def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
@@ -16,12 +16,13 @@ def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = 
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
-        QuantizeError: a row is too large for an f16 scale.
+        QuantizeError: a row is too large for an f16 scale, or too many are too small for one.
     """
     top = (1 << (n_bits(kind) - 1)) - 1
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
     codes = np.empty(flat.shape, np.int8)
+    wanted = np.empty(len(flat), np.float32)
     scales = np.empty(len(flat), np.float16)
 
     def part(s: slice) -> None:
@@ -29,16 +30,17 @@ def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = 
         largest = np.abs(x).max(axis=1) / np.float32(top)
         if not np.isfinite(largest).all():
             raise NotFiniteError("a weight is NaN or infinite")
-        scale = _f16_not_below(largest)
-        scales[s] = scale
+        wanted[s] = largest
+        scales[s] = scale = _f16_not_below(largest)
         # a row of zeros has scale 0 and codes 0
         x /= np.where(scale > 0, scale, 1).astype(np.float32)[:, None]
         np.rint(x, out=x)
         codes[s] = np.clip(x, -top, top, out=x)
 
     map_chunks(part, len(flat), threads, n_cols)
+    n_coarse = count_coarse(wanted, scales)
     n_slabs = weights.shape[0] if weights.ndim == 3 else 1
-    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, "symmetric-rows")
+    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, "symmetric-rows", n_coarse)
 
 
 def _f16_not_below(x: np.ndarray) -> np.ndarray:

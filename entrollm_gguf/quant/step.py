@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, map_chunks, n_bits
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, count_coarse, map_chunks, n_bits
 from entrollm_gguf.quant.feedback import fitted_scales, round_with_feedback
 
-_SMALLEST_NORMAL, _SMALLEST = np.float32(2.0**-14), np.float32(2.0**-24)  # of f16
+_SMALLEST_NORMAL, _SMALLEST, _LARGEST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(65504)  # of f16
 
 
 def quantize_step(
@@ -36,7 +36,7 @@ def quantize_step(
         hessian: of a slab, f32 (n_cols, n_cols); rounds with error feedback (`quant.feedback`). None rounds to nearest.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
-        QuantizeError: a row is too large for an f16 scale.
+        QuantizeError: see `check_peaks`.
     """
     top = top_code(kind)
     n_cols = weights.shape[-1]
@@ -45,11 +45,12 @@ def quantize_step(
     factors = np.ones(len(flat), np.float32) if row_factors is None else row_factors.reshape(-1)
     codes = np.empty(flat.shape, np.int8)
     fitted = np.empty(len(flat))
-    widths = np.empty(len(flat), np.float32)
+    peaks, widths = np.empty(len(flat), np.float32), np.empty(len(flat), np.float32)
 
     def nearest(s: slice) -> None:
         x = flat[s].astype(np.float32)
-        widths[s] = width = row_steps(x, step, top, factors[s])
+        peaks[s] = peak = row_peaks(x)
+        widths[s] = width = row_steps(x, peak, step, top, factors[s])
         q = np.rint(x / np.where(width > 0, width, 1)[:, None])
         np.clip(q, -top, top, out=q)
         codes[s] = q
@@ -58,7 +59,8 @@ def quantize_step(
 
     def with_feedback(s: slice, h: np.ndarray) -> None:
         x = flat[s].astype(np.float32)
-        widths[s] = width = row_steps(x, step, top, factors[s])
+        peaks[s] = peak = row_peaks(x)
+        widths[s] = width = row_steps(x, peak, step, top, factors[s])
         codes[s] = round_with_feedback(x, np.where(width > 0, width, 1), h, top)
         fitted[s] = fitted_scales(x, codes[s], h)
 
@@ -72,6 +74,7 @@ def quantize_step(
                 with_feedback(s, h)
             else:  # an expert that no token came to
                 nearest(s)
+    n_coarse = check_peaks(peaks, top)
     # below, f16 has few digits: there the step itself is a number that it holds, and is the scale
     scales = np.where(widths < _SMALLEST_NORMAL, widths, fitted)
     with np.errstate(over="ignore"):
@@ -79,7 +82,7 @@ def quantize_step(
     if not np.isfinite(scales).all():
         raise QuantizeError("the weights are too large for an f16 scale")
     scheme = f"step-{step:.4f}" + ("" if row_factors is None else "-rows") + ("" if hessian is None else "-feedback")
-    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, scheme)
+    return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, scheme, n_coarse)
 
 
 def top_code(kind: EntropyType) -> int:
@@ -87,17 +90,45 @@ def top_code(kind: EntropyType) -> int:
     return (1 << (n_bits(kind) - 1)) - 1
 
 
-def row_steps(x: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:
+def row_steps(x: np.ndarray, peaks: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:
     """Step of each row of x f32 (n_rows, n_cols), f32: step * factor * rms, or wider so that the largest weight is code `top`, or up to the next number that f16 holds where that has few digits.
+
+    Args:
+        peaks: from `row_peaks`.
+    """
+    return _f16_steps(np.maximum(np.float32(step) * factors * row_rms(x), peaks / np.float32(top)).astype(np.float32))
+
+
+def _f16_steps(width: np.ndarray) -> np.ndarray:
+    return np.where(width < _SMALLEST_NORMAL, np.ceil(width / _SMALLEST) * _SMALLEST, width)
+
+
+def check_peaks(peaks: np.ndarray, top: int) -> int:
+    """Whether f16 scales serve these rows. The answer is the same for all steps: it goes by the finest that a row can have, its largest weight over the last code.
+
+    Args:
+        peaks: from `row_peaks`, of all rows.
+    Returns:
+        rows that are too small, few enough to be left so (`count_coarse`).
+    Raises:
+        QuantizeError: a scale can overflow, or too many rows are too small for one.
+    """
+    if peaks.max() > _LARGEST:  # a scale is at most the largest weight, and comes close at the coarsest steps
+        raise QuantizeError(f"weights up to {peaks.max():.6g} are too large for an f16 scale")
+    finest = peaks / np.float32(top)
+    return count_coarse(finest, _f16_steps(finest))
+
+
+def row_peaks(x: np.ndarray) -> np.ndarray:
+    """Largest magnitude in each row of x f32 (n_rows, n_cols), f32.
 
     Raises:
         NotFiniteError: a weight is NaN or infinite.
     """
-    rms, peak = row_rms(x), np.abs(x).max(axis=1)
-    if not np.isfinite(peak).all():
+    peaks = np.abs(x).max(axis=1)
+    if not np.isfinite(peaks).all():
         raise NotFiniteError("a weight is NaN or infinite")
-    width = np.maximum(np.float32(step) * factors * rms, peak / np.float32(top)).astype(np.float32)
-    return np.where(width < _SMALLEST_NORMAL, np.ceil(width / _SMALLEST) * _SMALLEST, width)
+    return peaks
 
 
 def row_rms(x: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import Quantized, QuantizeError, apply_grid, f16_not_above, f16_not_below, n_bits
+from entrollm_gguf.codec import F16_OVERFLOW, EntropyType, largest_weights
+from entrollm_gguf.quant.base import Quantized, QuantizeError, apply_grid, count_coarse, f16_not_above, f16_not_below, n_bits
 
 
 def _one(value: float, dtype: type) -> np.ndarray:
@@ -38,6 +38,25 @@ def _exact_offset(minimum: float, scale: np.float16, half: int) -> tuple[np.floa
     raise QuantizeError("the weights are too far from zero for their range")
 
 
+def _check_offset_grid(kind: EntropyType, wanted: float, scale: np.ndarray, offset: np.ndarray) -> None:
+    """The stock type of a grid with offsets holds it: EQ8 decodes to F16, which ends at 65504 and has steps of its own.
+
+    Args:
+        wanted: step of the grid before rounding; 0 if all weights are equal.
+    Raises:
+        QuantizeError: it does not.
+    """
+    largest = largest_weights(scale, offset)
+    stored = np.abs(scale.astype(np.float64))
+    if kind is EntropyType.EQ8:
+        if not (largest < F16_OVERFLOW).all():
+            raise QuantizeError(f"with an offset, weights up to {largest.max():.6g} need a type larger than F16")
+        spacing = np.where(largest > 0, np.spacing(largest.astype(np.float16)), 0)  # zeros are exact
+        stored = np.hypot(stored, spacing.astype(np.float64))
+    # equal weights have no step: they may be as coarse as an f16 with all its digits
+    count_coarse(np.where(wanted > 0, wanted, largest * 2.0**-10), stored)
+
+
 def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
     """`W_int = round((W - z) * s)` with z = min, 1/s = (max - min) / (2^b - 1) (EntroLLM, section on mixed quantization).
 
@@ -45,7 +64,7 @@ def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
         low, high: the range of the weights.
     Raises:
-        QuantizeError: the range does not fit f16 scales.
+        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes to.
     """
     levels = (1 << n_bits(kind)) - 1
     half = (levels + 1) // 2
@@ -56,15 +75,18 @@ def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high
         scale, offset = _exact_offset(minimum, scale, half)
     else:
         offset = np.float32(minimum + half * float(scale))
+    scales, offsets = _one(scale, np.float16), _one(offset, np.float32)
+    _check_offset_grid(kind, (high - low) / levels, scales, offsets)
     codes = apply_grid(weights, scale, minimum, 0, levels, half, threads)
-    return Quantized(codes, _one(scale, np.float16), _one(offset, np.float32), "asymmetric")
+    return Quantized(codes, scales, offsets, "asymmetric")
 
 
 def quantize_symmetric_unsigned(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
     """`W_int = round(W * s)` with 1/s = max / (2^b - 1), for weights of one sign; all-negative weights take a negative scale.
 
     Raises:
-        QuantizeError: the weights have both signs, or do not fit f16 scales.
+        ValueError: the weights have both signs.
+        QuantizeError: they do not fit f16 scales, or the stock type that the grid decodes to.
     """
     if low * high < 0:
         raise ValueError("a symmetric unsigned grid needs weights of one sign")
@@ -73,18 +95,21 @@ def quantize_symmetric_unsigned(weights: np.ndarray, kind: EntropyType, low: flo
     extreme = max(abs(low), abs(high))
     size = f16_not_below(extreme / levels) if extreme > 0 else np.float16(0)
     scale = np.float16(-size) if high <= 0 else size
+    scales, offsets = _one(scale, np.float16), _one(half * float(scale), np.float32)
+    _check_offset_grid(kind, extreme / levels, scales, offsets)
     codes = apply_grid(weights, scale, 0.0, 0, levels, half, threads)
-    return Quantized(codes, _one(scale, np.float16), _one(half * float(scale), np.float32), "symmetric-unsigned")
+    return Quantized(codes, scales, offsets, "symmetric-unsigned")
 
 
 def quantize_symmetric(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
     """Signed codes around zero: w = scale * q, |q| <= 2^(b-1) - 1, scale from the largest magnitude. No offset: exact as Q8_0 or Q4_0.
 
     Raises:
-        QuantizeError: the range does not fit f16 scales.
+        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes to.
     """
     top = (1 << (n_bits(kind) - 1)) - 1
     extreme = max(abs(low), abs(high))
     scale = f16_not_below(extreme / top) if extreme > 0 else np.float16(0)
+    count_coarse(_one(extreme / top, np.float64), _one(scale, np.float64))
     codes = apply_grid(weights, scale, 0.0, -top, top, 0, threads) if scale else np.zeros(weights.shape, np.int8)
     return Quantized(codes, _one(scale, np.float16), None, "symmetric")

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import QUANTIZERS, NotFiniteError, QuantizeError, quantize_mixed, quantize_paper, quantize_rows
 from entrollm_gguf.quant.mixed import coded_bits
 from entrollm_gguf.quant.uniform import quantize_asymmetric, quantize_symmetric
@@ -75,8 +76,9 @@ def test_mixed_takes_the_smaller(rng, kind):
 def test_error_is_at_most_half_a_step_and_the_file_holds_it(name, kind, w):
     try:
         q = QUANTIZERS[name](w, kind, 1)
-    except QuantizeError:  # a range thousands of times smaller than the distance from zero
-        assert np.ptp(w) * 1000 < np.abs(w).max()
+    except QuantizeError:  # a range thousands of times smaller than the distance from zero, or a row too small for an f16 scale
+        peaks = np.abs(w).max(axis=1)
+        assert np.ptp(w) * 1000 < peaks.max() or peaks[peaks > 0].min() < 5e-5
         return
     step = np.abs(q.scales[0, :, None].astype(np.float64))
     # f32 arithmetic of offset and quotient adds a little to half a step, and a row of denormals alone counts as zeros
@@ -108,6 +110,40 @@ def test_not_finite(name, bad):
 def test_too_large_for_f16():
     with pytest.raises(QuantizeError, match="too large"):
         quantize_paper(np.float32([[-3e38, 3e38] * 16]), EQ8)
+
+
+@pytest.mark.parametrize("kind", [EQ8, EQ4])
+@pytest.mark.parametrize("factor, shift", [(1e5, 0), (1e6, 0), (1, 70_000), (1, -70_000), (1, 500), (1e-6, 0), (1e-9, 0), (1e-6, 1)])
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_what_is_not_refused_is_held_by_the_stock_type(rng, name, kind, factor, shift):
+    """What a file decodes to is finite, and as near to the weights as twice the error of the grid's own steps."""
+    w = (rng.uniform(-1, 1, (16, 64)) * factor + shift).astype(np.float32)
+    extreme, levels = np.abs(w).max(), 255 if kind is EQ8 else 15
+    try:
+        q = QUANTIZERS[name](w, kind, 1)
+    except QuantizeError:
+        q = None
+    # without an offset a step is a share of the largest weight, which serves whatever f16 scales serve
+    assert q is not None or name == "paper" or extreme / (levels // 2) > 65504 or extreme < 1e-4
+    if q is None:
+        return
+    type_name, rows = codec.decode_plain(kind, codec.encode(kind, q.codes, q.scales, q.offsets).payload, w.shape)
+    gguf = import_gguf()
+    back = gguf.dequantize(rows, gguf.GGMLQuantizationType[type_name]).reshape(w.shape).astype(np.float64)
+    promised = {"asymmetric": np.ptp(w) / levels, "symmetric-unsigned": extreme / levels}.get(q.scheme, 2 * extreme / (levels - 1))
+    assert np.isfinite(back).all()
+    assert np.square(back - w, dtype=np.float64).mean() <= 2.2 * promised**2 / 12
+
+
+def test_rows_that_nobody_uses_do_not_count(rng):
+    """Weights of next to nothing are lost in a few rows, and told; in many they are a reason to refuse."""
+    w = rng.normal(0, 0.02, (64, 64)).astype(np.float32)
+    w[:2] *= 1e-12
+    w[2] = 0
+    assert quantize_rows(w, EQ8).n_coarse == 2
+    w[:3] = 1e-12
+    with pytest.raises(QuantizeError, match="too coarse for steps of"):
+        quantize_rows(w, EQ8)
 
 
 def test_f16_input_and_threads(rng):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert import budget, pipeline
+from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.errors import ConversionError
-from entrollm_gguf.quant import NotFiniteError, profile, quantize_step
+from entrollm_gguf.quant import NotFiniteError, QuantizeError, profile, quantize_step
 
 EQ8 = EntropyType.EQ8
 
@@ -68,6 +71,19 @@ def test_rows_of_zeros_and_outliers(rng):
         profile(np.array([[np.inf] * 32] * 2, np.float32))
 
 
+@pytest.mark.parametrize("factor, refused", [(1, False), (1e-4, False), (1e-7, True), (4e3, False), (1e5, True)])
+def test_what_is_refused_does_not_hang_on_the_step(rng, factor, refused):
+    """So the survey knows which matrices stay in a stock type before there is a step."""
+    weights = (rng.normal(0, 1, (64, 128)) * factor).astype(np.float32)
+    calls = [functools.partial(quantize_step, weights, EQ8, step=step) for step in (0.001, 0.02, 0.5, 6)] + [functools.partial(profile, weights)]
+    for call in calls:
+        if refused:
+            with pytest.raises(QuantizeError, match="f16"):
+                call()
+        else:
+            call()
+
+
 @pytest.mark.parametrize("tails", [False, True])
 @pytest.mark.parametrize("step", [0.05, 0.1, 0.25, 0.6, 1.5])
 def test_profiles_foresee_the_size(rng, tails, step):
@@ -85,10 +101,11 @@ def test_profiles_foresee_the_size(rng, tails, step):
 
 def test_rows_too_small_for_a_scale_with_many_digits(rng):
     """Below 6e-5 f16 loses digits: the step is then a number that it holds."""
-    sizes = np.array([1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 3e-8])
-    weights = (rng.normal(0, 1, (6, 512)) * sizes[:, None]).astype(np.float32)
+    sizes = np.concatenate([np.full(250, 1e-3), [1e-4, 1e-5, 1e-6, 1e-7, 3e-8, 1e-12]])  # a few that nobody uses
+    weights = (rng.normal(0, 1, (256, 512)) * sizes[:, None]).astype(np.float32)
     for hessian in (None, lambda slab: np.eye(512, dtype=np.float32)):
         quantized = quantize_step(weights, EQ8, step=0.02, hessian=hessian)
+        assert quantized.n_coarse == 4
         back = quantized.codes * quantized.scales.reshape(-1, 1).astype(np.float64)
         error = np.sqrt(((back - weights) ** 2).mean(axis=1))
         # a step, or the next multiple of 2^-24, over sqrt(12)
@@ -100,11 +117,11 @@ def test_factors_are_bounded(rng):
     shape = (1, 512)
     some = {name: budget.Sensitivity(factor, np.ones(shape, np.float32)) for name, factor in (("a", 1e-9), ("b", 1.0), ("c", 1e9))}
     one = profile(gaussian(rng))
-    survey = budget.Survey({name: one for name in some}, {}, {}, 0, some)
+    survey = budget.Survey({name: one for name in some}, {}, 0, some)
     assert [survey.factor(name) for name in ("a", "b", "c", "no statistics")] == [1 / 8, 1, 8, 1]
     # values that four heads share
     for heads, factor in (((8, 2), 0.5), ((8, 8), 1), (None, 1)):
-        survey = budget.Survey({}, {}, {}, 0, {}, heads)
+        survey = budget.Survey({}, {}, 0, {}, heads)
         assert survey.factor("blk.3.attn_v.weight") == factor and survey.factor("blk.3.attn_q.weight") == 1
 
 
@@ -116,22 +133,58 @@ def test_a_stack_of_matrices(rng):
     assert profile(weights).n_bytes(0.2) == pytest.approx(encoded.payload.size, rel=0.03)
 
 
+def kept(name="norm", n_bytes=4096, shape=(1024,)):
+    """A tensor that stays in a stock type, as `Survey` has it."""
+    return {name: TensorRecord(name, "F32", shape, n_bytes, "as llama.cpp writes it")}
+
+
 def test_budgets(rng):
-    survey = budget.Survey({"a": profile(gaussian(rng)), "b": profile(gaussian(rng, 96, 512))}, {"norm": 4096}, {"norm": (1024,)}, 10_000)
+    survey = budget.Survey({"a": profile(gaussian(rng)), "b": profile(gaussian(rng, 96, 512))}, kept(), 10_000)
     assert survey.n_weights == 512 * 1024 + 96 * 512 + 1024
     for bits in (2.5, 4.25, 6.0):
-        target = budget.target_bytes(survey, bits, None)
-        assert target == int(survey.n_weights * bits / 8)
+        target = budget.find_target(survey, bits=bits)
+        assert target.n_bytes == int(survey.n_weights * bits / 8)
         step = budget.step_for(survey, target)
-        assert 0.995 * target < survey.tensor_bytes(step) <= target
-    assert budget.target_bytes(survey, None, 300_000) == 290_000
+        assert 0.995 * target.n_bytes < survey.tensor_bytes(step) <= target.n_bytes
+    assert budget.find_target(survey, size=300_000).n_bytes == 290_000
     # a bit more per weight is half the step, about
-    one, two = (budget.step_for(survey, budget.target_bytes(survey, bits, None)) for bits in (4, 5))
+    one, two = (budget.step_for(survey, budget.find_target(survey, bits=bits)) for bits in (4, 5))
     assert one / two == pytest.approx(2, rel=0.05)
-    with pytest.raises(ConversionError, match="too small: the tensors that stay"):
-        budget.target_bytes(survey, None, 14_000)
-    with pytest.raises(ConversionError, match="the coarsest step gives"):
-        budget.step_for(survey, 5000)
+
+
+def test_promises_that_cannot_be_kept_tell_the_least(rng):
+    survey = budget.Survey({"a": profile(gaussian(rng))}, kept(), 10_000)
+    with pytest.raises(ConversionError, match=r"the least is .* 4096 of them") as caught:
+        budget.find_target(survey, size=14_000)
+    least = int(re.search(r"a file of (\d+) bytes", str(caught.value))[1])
+    assert budget.find_target(survey, size=least).n_bytes == least - 10_000
+    with pytest.raises(ConversionError, match="the least"):
+        budget.find_target(survey, size=least - 1)
+    with pytest.raises(ConversionError, match="the least"):
+        budget.find_target(survey, bits=1)
+
+
+def test_a_recipe_counts_what_is_coded(rng):
+    """However much the rest weighs, the steps of the coded matrices are the same."""
+    one = profile(gaussian(rng))
+    steps = set()
+    for others in ({}, kept(), kept("per_layer_token_embd.weight", 10_000_000, (1250, 1000))):
+        survey = budget.Survey({"a": one}, others, 10_000)
+        target = budget.find_target(survey, rate=4.5)
+        assert target.coded_bytes == int(4.5 * one.n_weights / 8) and not target.promised
+        steps.add(budget.step_for(survey, target))
+    assert len(steps) == 1 and one.n_bytes(steps.pop()) * 8 / one.n_weights == pytest.approx(4.5, rel=0.005)
+    nothing = budget.Survey({}, kept(), 10_000)
+    assert budget.step_for(nothing, budget.find_target(nothing, rate=4.5)) == budget.FINEST
+
+
+def test_a_recipe_spares_small_matrices(rng):
+    """Their headers and scales take more bits than a recipe has; codes pay a bit of that and no more."""
+    survey = budget.Survey({str(i): profile(gaussian(rng, 16, 64)) for i in range(3)}, {}, 0)
+    target = budget.find_target(survey, rate=4.5)
+    step = budget.step_for(survey, target)
+    assert step == target.coarsest and survey.coded_bytes(step) > target.coded_bytes
+    assert survey.entropy_bits(step) / survey.n_coded == pytest.approx(3.5, rel=0.01)
 
 
 @pytest.mark.parametrize("share", [0.9999, 0.999, 0.99, 0.95])
@@ -139,26 +192,26 @@ def test_budgets_where_sizes_do_not_move(rng, share):
     """Rows whose largest weight is code 127 at any fine step: a little less than the most that comes out is met all the same."""
     weights = gaussian(rng)
     weights[:, 0] = 8 * np.sqrt((weights**2).mean(axis=1))
-    survey = budget.Survey({"a": profile(weights)}, {}, {}, 0)
+    survey = budget.Survey({"a": profile(weights)}, {}, 0)
     largest = survey.tensor_bytes(budget.FINEST)
     assert survey.tensor_bytes(2 * budget.FINEST) == largest
-    step = budget.step_for(survey, int(share * largest))
+    step = budget.step_for(survey, budget.Target(int(share * largest), 0))
     assert 0.98 * share * largest < survey.tensor_bytes(step) <= share * largest
 
 
 def test_corrections_close_in(rng):
-    survey = budget.Survey({"a": profile(gaussian(rng))}, {}, {}, 0)
-    target = 100_000
+    survey = budget.Survey({"a": profile(gaussian(rng))}, {}, 0)
+    size, target = 100_000, budget.Target(100_000, 0)
     assert budget.corrected([(0.2, 102_000)], target, survey) > 0.2 > budget.corrected([(0.2, 90_000)], target, survey)
     between = budget.corrected([(0.2, 102_000), (0.25, 97_000), (0.3, 80_000)], target, survey)
     assert 0.2 < between < 0.25
     # sizes that swing with the step, as Huffman codes of few symbols do, are met all the same
     tried, step = [], 0.2
     for _ in range(6):
-        size = int(target * (0.2 / step) ** 0.5 * (1.015 + 0.01 * math.sin(step * 300)))
-        if 0.99 * target <= size <= target:
+        found = int(size * (0.2 / step) ** 0.5 * (1.015 + 0.01 * math.sin(step * 300)))
+        if 0.99 * size <= found <= size:
             return
-        tried.append((step, size))
+        tried.append((step, found))
         step = budget.corrected(tried, target, survey)
     pytest.fail(f"no step in {tried}")
 
@@ -183,20 +236,20 @@ class FakeModel:
     ],
 )
 def test_the_largest_that_fits_is_taken(rng, sizes, taken):
-    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, {}, 0)
+    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, 0)
     made = []
 
     def encode(step):
         made.append(FakeModel(sizes[len(made)]))
         return made[-1]
 
-    found = pipeline._encode_to_size(encode, survey, 1000, 0.2)
-    assert found.n_bytes == taken and [one.n_bytes for one in made] == sizes
+    found = pipeline._encode_to_size(encode, survey, budget.Target(1000, 0), 0.2)
+    assert found.n_bytes == taken and [one.n_bytes for one in made] == sizes[: len(made)]
     assert all(one.closed != (one is found) for one in made)
 
 
 def test_what_never_fits_or_fails_leaves_nothing_behind(rng):
-    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, {}, 0)
+    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, 0)
     made = []
 
     def encode(step):
@@ -206,9 +259,34 @@ def test_what_never_fits_or_fails_leaves_nothing_behind(rng):
         return made[-1]
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline._encode_to_size(encode, survey, 1000, 0.2)
+        pipeline._encode_to_size(encode, survey, budget.Target(1000, 0), 0.2)
     assert all(one.closed for one in made)
-    with pytest.raises(ConversionError, match="no step was found"):
-        pipeline._encode_to_size(lambda step: FakeModel(1001), survey, 1000, 0.2)
     # nothing is finer: less than the target is fine
-    assert pipeline._encode_to_size(lambda step: FakeModel(500), survey, 1000, budget.FINEST).n_bytes == 500
+    assert pipeline._encode_to_size(lambda step: FakeModel(500), survey, budget.Target(1000, 0), budget.FINEST).n_bytes == 500
+
+
+def test_what_never_fits(rng):
+    """A promise ends in an error that tells the least; a recipe takes what comes nearest."""
+    survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, 10)
+    sizes, made = [1003, 1001, 1002, 1004, 1005, 1006], []
+
+    def encode(step):
+        made.append(FakeModel(sizes[len(made)]))
+        return made[-1]
+
+    with pytest.raises(ConversionError, match="the least that came out is a file of 1011 bytes"):
+        pipeline._encode_to_size(encode, survey, budget.Target(1000, 0), 0.2)
+    assert len(made) == 6 and all(one.closed for one in made)
+    made.clear()
+    found = pipeline._encode_to_size(encode, survey, budget.Target(1000, 0, promised=False), 0.2)
+    assert found.n_bytes == 1001 and [one for one in made if not one.closed] == [found]
+    # nothing is coarser: one try tells all
+    made.clear()
+    assert pipeline._encode_to_size(encode, survey, budget.Target(1000, 0, 0.5, promised=False), 0.5).n_bytes == 1003 and len(made) == 1
+
+
+def test_sizes_that_move_in_steps_are_met_from_below():
+    """Each try that comes out above aims lower than the last."""
+    survey = budget.Survey({"a": profile(np.ones((64, 128), np.float32))}, {}, 0)
+    found = pipeline._encode_to_size(lambda step: FakeModel(5_000 if step < 0.22 else 4_800), survey, budget.Target(4_990, 0), 0.2)
+    assert found.n_bytes == 4_800
