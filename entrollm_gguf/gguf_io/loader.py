@@ -29,10 +29,10 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
 
     runtime.info()  # says so if there is none
     # load mode is what every backend has; a mode of the user's environment is no property of the file
-    environment = {**os.environ, "GGML_ENTROPY_MODE": "load"}
+    environment = {**os.environ, "GGML_ENTROPY_MODE": "load", "PYTHONIOENCODING": "utf-8"}
     library = [] if is_model else [str(runtime.library("ggml-base"))]
     command = [sys.executable, "-P", __file__, str(path.absolute()), *library]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=environment)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=environment)
     if result.returncode == 0:
         return None
     said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
