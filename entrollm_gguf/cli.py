@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last resort: a fault of ours
         if "--debug" in argv:
             raise
-        _complain(f"unexpected {type(error).__name__}: {error}; this is a fault of entrollm, please report it with what `entrollm --debug ...` shows")
+        _complain(
+            f"unexpected {type(error).__name__}: {error}; this is a fault of entrollm, please report it with what `entrollm --debug ...` shows"
+        )
         return 1
 
 
