@@ -51,7 +51,6 @@ def _set(name: str, /, **changes):
         _set("output_norm.weight", dims=[48, 2]),
         _set("output_norm.weight", dims=[64]),
         _set("output_norm.weight", type=1),  # F16
-        _set("output_norm.weight", type=26),  # I32, as long as F32
         _set("blk.0.attn_norm.weight", type=8),  # Q8_0
         _set("blk.0.attn_norm.weight", type=42000),
         _set("blk.0.attn_norm.weight", offset=0),
