@@ -9,13 +9,16 @@ from entrollm_gguf.errors import TextError
 
 
 def read_text(path: str | Path) -> str:
-    """A text file in UTF-8.
+    """The content of a text file in UTF-8. It is a plain file, since llama-perplexity reads it again.
 
     Raises:
         TextError: missing, unreadable, empty, in another encoding, or no text.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise TextError(f"{path}: no such text file")
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise TextError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -17,7 +18,7 @@ from entrollm_gguf.texts import read_text
 
 DEFAULT_CONTEXT = 512
 
-_NUMBER = r"\s*(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
+_NUMBER = r"\s*(-?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf))"
 _FINAL = re.compile(rf"Final estimate: PPL ={_NUMBER} \+/-{_NUMBER}")
 _STATISTICS = {
     "ppl": re.compile(rf"Mean PPL\(Q\)\s*:{_NUMBER} ±{_NUMBER}"),
@@ -25,6 +26,7 @@ _STATISTICS = {
     "top": re.compile(rf"Same top p:{_NUMBER} ±{_NUMBER}"),
 }
 _MEDIAN = re.compile(rf"Median  KLD:{_NUMBER}")
+_NAN_SO_FAR = re.compile(r"\[\d+\]-?nan")  # the running perplexity
 _P99 = re.compile(rf"99\.0%   KLD:{_NUMBER}")
 
 
@@ -109,6 +111,8 @@ class ReferenceLogits:
         if not (all(found.values()) and median and p99):
             raise ToolError(f"{model}: llama-perplexity printed no statistics; has it the same vocabulary as {self.model}?")
         values = {key: (float(match[1]), float(match[2])) for key, match in found.items() if match}
+        if math.isnan(values["ppl"][0]):
+            raise _not_finite(model)
         return PerplexityResult(
             str(model), *values["ppl"], *values["kld"], float(median[1]), float(p99[1]), *values["top"],
             seconds=time.monotonic() - started,
@@ -170,5 +174,11 @@ def _check_model(path: Path) -> None:
 def _final(model: Path, output: str) -> tuple[float, float]:
     match = _FINAL.search(output)
     if not match:
+        if _NAN_SO_FAR.search(output):
+            raise _not_finite(model)
         raise ToolError(f"{model}: llama-perplexity printed no result; the text may be shorter than two contexts")
     return float(match[1]), float(match[2])
+
+
+def _not_finite(model: Path) -> ToolError:
+    return ToolError(f"{model}: has no perplexity: its logits are no finite numbers; convert the model again, or download it again")

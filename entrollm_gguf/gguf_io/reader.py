@@ -88,7 +88,7 @@ class ModelFile:
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     """Shape as ggml has it: always four dimensions, so that those of 1 at the end say nothing. A matrix keeps a single row."""
-    dims = [int(n) for n in tensor.shape]
+    dims = [int(n) for n in tensor.shape] or [1]
     while len(dims) > 2 and dims[-1] == 1:
         dims.pop()
     return tuple(reversed(dims))

@@ -16,6 +16,7 @@ from rewriting import key, rewrite, text
 import entrollm_gguf
 from entrollm_gguf.cli import _COMMANDS, main
 from entrollm_gguf.convert.recipes import RECIPES
+from entrollm_gguf.gguf_io.reader import open_model
 
 
 def test_help_of_every_command(capsys):
@@ -81,7 +82,6 @@ def test_inspect(converted, capsys):
 def test_what_inspect_counts_is_what_the_file_holds(converted, capsys):
     """Raw bits, tails and far bytes add up to the bits per weight, but for the container."""
     from entrollm_gguf.codec import Payload
-    from entrollm_gguf.gguf_io.reader import open_model
 
     path = converted("llama", "EQ8-mixed")
     assert main(["inspect", str(path), "--json"]) == 0
@@ -217,6 +217,17 @@ def test_perplexity_of_odd_paths_in_any_locale(converted, text_file, tmp_path):
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["kld_mean"] > 0
+
+
+def test_perplexity_that_is_no_number(converted, text_file, tmp_path, capsys):
+    sound, path = converted("mistral", "EQ8-mixed"), tmp_path / "nan.gguf"
+    norm = next(t for t in open_model(sound).tensors() if t.name == "output_norm.weight")
+    data, at = sound.read_bytes(), int(norm.reader_tensor.data_offset)
+    path.write_bytes(data[:at] + b"\xff" * norm.n_bytes + data[at + norm.n_bytes :])
+    arguments = ["perplexity", str(path), "--text", str(text_file), "--ctx", "64", "--chunks", "2"]
+    for more in ([], ["--reference", str(sound)]):
+        assert main([*arguments, *more]) == 1
+        assert "nan.gguf: has no perplexity" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
