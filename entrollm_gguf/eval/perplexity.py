@@ -26,6 +26,7 @@ _STATISTICS = {
     "top": re.compile(rf"Same top p:{_NUMBER} ±{_NUMBER}"),
 }
 _MEDIAN = re.compile(rf"Median  KLD:{_NUMBER}")
+_TABLE = "KL Divergence"  # heads the line per chunk, of which there is one for any text
 _NAN_SO_FAR = re.compile(r"\[\d+\]-?nan")  # the running perplexity
 _P99 = re.compile(rf"99\.0%   KLD:{_NUMBER}")
 
@@ -109,6 +110,10 @@ class ReferenceLogits:
         found = {key: pattern.search(text) for key, pattern in _STATISTICS.items()}
         median, p99 = _MEDIAN.search(text), _P99.search(text)
         if not (all(found.values()) and median and p99):
+            if _TABLE in text and "inconsistent vocabulary" not in text:
+                raise ToolError(
+                    f"{model}: fewer than 100 tokens were scored, too few for statistics; take a longer text, more chunks or a larger context"
+                )
             raise ToolError(f"{model}: llama-perplexity printed no statistics; has it the same vocabulary as {self.model}?")
         values = {key: (float(match[1]), float(match[2])) for key, match in found.items() if match}
         if math.isnan(values["ppl"][0]):

@@ -198,25 +198,17 @@ def test_perplexity_of_odd_paths_in_any_locale(converted, text_file, tmp_path):
     shutil.copy(converted("mistral", "EQ4-mixed"), reference)
     shutil.copy(text_file, text)
     model = converted("mistral", "EQ8-mixed")
-    command = [
-        sys.executable,
-        "-m",
-        "entrollm_gguf.cli",
-        "perplexity",
-        model,
-        "--text",
-        text,
-        "--reference",
-        reference,
-        "--ctx",
-        "64",
-        "--chunks",
-        "2",
-    ]
+    command = [sys.executable, "-m", "entrollm_gguf.cli", "perplexity", model, "--text", text, "--reference", reference]
     environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    result = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment)
+    result = subprocess.run([*command, "--ctx", "128", "--chunks", "2", "--json"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["kld_mean"] > 0
+
+
+def test_too_few_tokens_for_a_divergence(converted, text_file, capsys):
+    path = str(converted("mistral", "EQ8-mixed"))
+    assert main(["perplexity", path, "--reference", path, "--text", str(text_file), "--ctx", "64", "--chunks", "2"]) == 1
+    assert "fewer than 100 tokens" in capsys.readouterr().err
 
 
 def test_perplexity_that_is_no_number(converted, text_file, tmp_path, capsys):
@@ -224,7 +216,7 @@ def test_perplexity_that_is_no_number(converted, text_file, tmp_path, capsys):
     norm = next(t for t in open_model(sound).tensors() if t.name == "output_norm.weight")
     data, at = sound.read_bytes(), int(norm.reader_tensor.data_offset)
     path.write_bytes(data[:at] + b"\xff" * norm.n_bytes + data[at + norm.n_bytes :])
-    arguments = ["perplexity", str(path), "--text", str(text_file), "--ctx", "64", "--chunks", "2"]
+    arguments = ["perplexity", str(path), "--text", str(text_file), "--ctx", "128", "--chunks", "2"]
     for more in ([], ["--reference", str(sound)]):
         assert main([*arguments, *more]) == 1
         assert "nan.gguf: has no perplexity" in capsys.readouterr().err
