@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from importlib import import_module
 import click
 
 from entrollm_gguf import __version__
+from entrollm_gguf.console import printable
 from entrollm_gguf.errors import EntroLLMError
 
 # name -> (module:attribute, one line for --help). The line stands here so that `entrollm --help` imports nothing heavy.
@@ -56,6 +58,9 @@ def cli(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
     try:
         result = cli.main(argv, prog_name="entrollm", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -85,10 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; free some space" if error.errno == errno.ENOSPC else ""
         _complain(f"{name}{error.strerror or error}{hint}")
         return 1
+    except Exception as error:  # the last resort: a fault of ours
+        if "--debug" in argv:
+            raise
+        _complain(
+            f"unexpected {type(error).__name__}: {error}; this is a fault of entrollm, please report it with what `entrollm --debug ...` shows"
+        )
+        return 1
 
 
 def _complain(message: str) -> None:
-    click.echo(f"entrollm: error: {' '.join(message.split())}", err=True)
+    click.echo(f"entrollm: error: {printable(' '.join(message.split()))}", err=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ class FormatError(EntroLLMError):
     """A file is missing, is no GGUF, or its entropy-coded data is invalid."""
 
 
+class TextError(EntroLLMError):
+    """A text file is missing, or is no text in UTF-8."""
+
+
 class ConversionError(EntroLLMError):
     """A model cannot be converted or a file not be written."""
 

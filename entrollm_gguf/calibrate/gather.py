@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from entrollm_gguf.errors import ConversionError, EntroLLMError
 from entrollm_gguf.runtime.paths import cache_folder
+from entrollm_gguf.texts import read_text
 
 CONTEXT = 512  # tokens of a sequence; fewer where the model has fewer positions
 _GROUP_BYTES = 2 << 30  # of Hessians that are gathered in one run
@@ -98,15 +99,13 @@ def gather(
         threads: on the CPU; torch's own choice by default.
         names: of the checkpoint's weights as the converter has them. If transformers knows none of them, that is said before the long runs.
     Raises:
+        TextError: the text is none.
         ConversionError: transformers cannot load or run the model, memory or the cache's disk is too small, the text is too short, or no name is known.
     """
     model_dir = Path(model_dir)
     content, what = None, f"own text, seed {seed}"
     if text is not None:
-        try:
-            content = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConversionError(f"{text}: cannot be read as UTF-8 text ({error}); name a plain text file") from error
+        content = read_text(text)
         what = f"text sha256:{hashlib.sha256(content.encode()).hexdigest()[:16]}, seed {seed}"
     places = _places(model_dir)
     files = _hash_files(model_dir)

@@ -121,7 +121,7 @@ def convert(
         known = Calibration(text=text, own_text=own, imatrix=imatrix, n_sequences=sequences, seed=seed, fold=fold)
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=as_json) as bar:
         task = bar.add_task("reading", total=None)
 

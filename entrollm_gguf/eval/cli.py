@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from entrollm_gguf.console import output_console
+from entrollm_gguf.console import output_console, printable
+from entrollm_gguf.errors import ToolError
 
 if TYPE_CHECKING:
     from entrollm_gguf.eval.demo import DemoResult
@@ -47,11 +48,8 @@ def chat(
     )
 
     def answer(question: str) -> None:
-        try:
-            for piece in session.ask(question, max_tokens):
-                click.echo(piece, nl=False)
-        except ValueError as error:  # llama-cpp-python's way to say that the context is full
-            click.echo(f"\n({error})", err=True)
+        for piece in session.ask(question, max_tokens):
+            click.echo(printable(piece, keep="\n\t"), nl=False)
         click.echo()
 
     if prompt is not None:
@@ -69,6 +67,8 @@ def chat(
             answer(question)
         except KeyboardInterrupt:
             click.echo(" ...")
+        except ToolError as error:  # the next question may do better
+            click.echo(f"({printable(str(error))})", err=True)
 
 
 @click.command(
@@ -128,8 +128,8 @@ def demo(out: Path, text: Path | None, chunks: int, threads: int | None) -> None
         "its weights lie near a 4-bit block grid by birth.",
         style="dim",
     )
-    console.print(f"\n[bold]{result.question}[/bold]")
-    console.print(result.answer, highlight=False, markup=False)
+    console.print(f"\n{result.question}", style="bold")
+    console.print(printable(result.answer, keep="\n\t"), highlight=False)
     console.print(f"\nfiles and results.json: {out}", highlight=False)
 
 

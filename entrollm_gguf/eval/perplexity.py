@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from entrollm_gguf.errors import FormatError, ToolError
+from entrollm_gguf.errors import ToolError
+from entrollm_gguf.eval.generation import predicts_next_token
 from entrollm_gguf.eval.tools import run_tool
+from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.texts import read_text
 
 DEFAULT_CONTEXT = 512
 
-_NUMBER = r"\s*(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
+_NUMBER = r"\s*(-?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf))"
 _FINAL = re.compile(rf"Final estimate: PPL ={_NUMBER} \+/-{_NUMBER}")
 _STATISTICS = {
     "ppl": re.compile(rf"Mean PPL\(Q\)\s*:{_NUMBER} ±{_NUMBER}"),
@@ -22,6 +26,8 @@ _STATISTICS = {
     "top": re.compile(rf"Same top p:{_NUMBER} ±{_NUMBER}"),
 }
 _MEDIAN = re.compile(rf"Median  KLD:{_NUMBER}")
+_TABLE = "KL Divergence"  # heads the line per chunk, of which there is one for any text
+_NAN_SO_FAR = re.compile(r"\[\d+\]-?nan")  # the running perplexity
 _P99 = re.compile(rf"99\.0%   KLD:{_NUMBER}")
 
 
@@ -66,7 +72,8 @@ class ReferenceLogits:
         self.result: PerplexityResult | None = None
 
     def __enter__(self) -> ReferenceLogits:
-        _check_text(self._text)
+        read_text(self._text)
+        _check_model(self.model)
         self._folder = tempfile.TemporaryDirectory(prefix="entrollm-logits-")
         try:
             started = time.monotonic()
@@ -93,8 +100,9 @@ class ReferenceLogits:
         """Perplexity of another model on the same tokens, and its divergence from the reference.
 
         Raises:
-            ToolError: the tool failed or the vocabularies differ.
+            ToolError: the tool failed, the vocabularies differ, or the model does not predict the next token.
         """
+        _check_model(model)
         started = time.monotonic()
         arguments = _arguments(model, self._context, None, self._threads)
         output = run_tool("llama-perplexity", [*arguments, "--kl-divergence", "--kl-divergence-base", self.path], model=model)
@@ -102,8 +110,14 @@ class ReferenceLogits:
         found = {key: pattern.search(text) for key, pattern in _STATISTICS.items()}
         median, p99 = _MEDIAN.search(text), _P99.search(text)
         if not (all(found.values()) and median and p99):
+            if _TABLE in text and "inconsistent vocabulary" not in text:
+                raise ToolError(
+                    f"{model}: fewer than 100 tokens were scored, too few for statistics; take a longer text, more chunks or a larger context"
+                )
             raise ToolError(f"{model}: llama-perplexity printed no statistics; has it the same vocabulary as {self.model}?")
         values = {key: (float(match[1]), float(match[2])) for key, match in found.items() if match}
+        if math.isnan(values["ppl"][0]):
+            raise _not_finite(model)
         return PerplexityResult(
             str(model), *values["ppl"], *values["kld"], float(median[1]), float(p99[1]), *values["top"],
             seconds=time.monotonic() - started,
@@ -128,15 +142,17 @@ def measure_perplexity(
         context: tokens per chunk; the second half of each chunk is scored.
         chunks: number of chunks; None for the whole text.
     Raises:
-        FormatError: a file is missing.
-        ToolError: llama-perplexity failed.
+        FormatError: a model file is missing or damaged.
+        TextError: the text is none in UTF-8.
+        ToolError: llama-perplexity failed, or a model does not predict the next token.
         RuntimeMissingError: the runtime is not installed.
     """
     model, text = Path(model), Path(text)
+    read_text(text)
+    _check_model(model)
     if reference is not None:
         with ReferenceLogits(Path(reference), text, context=context, chunks=chunks, threads=threads) as logits:
             return logits.compare(model)
-    _check_text(text)
     started = time.monotonic()
     output = run_tool("llama-perplexity", [*_arguments(model, context, chunks, threads), "-f", text], model=model)
     ppl, error = _final(model, output.stdout + output.stderr)
@@ -152,13 +168,22 @@ def _arguments(model: Path, context: int, chunks: int | None, threads: int | Non
     return arguments
 
 
-def _check_text(text: Path) -> None:
-    if not text.is_file():
-        raise FormatError(f"{text}: no such text file")
+def _check_model(path: Path) -> None:
+    """llama-perplexity computes a number for every architecture, and it means something for those alone that predict the next token."""
+    model = open_model(path)
+    architecture = model.text("general.architecture") or ""
+    if not predicts_next_token(architecture, causal=model.field(f"{architecture}.attention.causal") is not False):
+        raise ToolError(f"{path}: {architecture} models do not predict the next token: perplexity means nothing for them")
 
 
 def _final(model: Path, output: str) -> tuple[float, float]:
     match = _FINAL.search(output)
     if not match:
+        if _NAN_SO_FAR.search(output):
+            raise _not_finite(model)
         raise ToolError(f"{model}: llama-perplexity printed no result; the text may be shorter than two contexts")
     return float(match[1]), float(match[2])
+
+
+def _not_finite(model: Path) -> ToolError:
+    return ToolError(f"{model}: has no perplexity: its logits are no finite numbers; convert the model again, or download it again")

@@ -32,7 +32,8 @@ def run_tool(name: str, arguments: Sequence[str | Path], *, model: Path, mode: s
         raise FormatError(f"{model}: no such file")
     command = [str(runtime.tool(name)), *map(str, arguments)]
     environment = os.environ if mode is None else {**os.environ, "GGML_ENTROPY_MODE": mode}
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=environment)
+    # the tools write UTF-8 in every locale
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=environment)
     if result.returncode != 0:
         raise ToolError(f"{model}: {name} failed: {_complaint(result)}")
     return result

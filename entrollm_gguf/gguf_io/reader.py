@@ -27,7 +27,7 @@ class TensorEntry:
 
     name: str
     type_name: str  # "EQ8", "F32", "Q8_0", ...
-    shape: tuple[int, ...]  # true shape in numpy order: (n_rows, n_cols), (n_slabs, n_rows, n_cols), ...
+    shape: tuple[int, ...]  # true shape in numpy order: (n_cols,), (n_rows, n_cols), (n_slabs, n_rows, n_cols), ...
     data: np.ndarray  # memory map; uint8 of shape (n_bytes,) for entropy-coded tensors
     reader_tensor: gguf.ReaderTensor
 
@@ -69,12 +69,29 @@ class ModelFile:
         field = self.readers[0].get_field(key)
         return None if field is None else field.contents()
 
+    def text(self, key: str) -> str | None:
+        """Value of a key that holds a string; None where it is missing or holds anything else."""
+        value = self.field(key)
+        return value if isinstance(value, str) else None
+
+    def texts(self, key: str) -> list[str]:
+        """Value of a key that holds an array of strings; empty where it is missing or holds anything else."""
+        value = self.field(key)
+        return value if isinstance(value, list) and all(isinstance(v, str) for v in value) else []
+
     def tensors(self) -> Iterator[TensorEntry]:
         """All tensors in file order."""
         for reader in self.readers:
             for tensor in reader.tensors:
-                shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
-                yield TensorEntry(tensor.name, tensor.tensor_type.name, shape, tensor.data, tensor)
+                yield TensorEntry(tensor.name, tensor.tensor_type.name, _shape(tensor), tensor.data, tensor)
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """Shape as ggml has it: always four dimensions, so that those of 1 at the end say nothing. A matrix keeps a single row."""
+    dims = [int(n) for n in tensor.shape] or [1]
+    while len(dims) > 2 and dims[-1] == 1:
+        dims.pop()
+    return tuple(reversed(dims))
 
 
 def open_model(path: Path) -> ModelFile:
@@ -86,8 +103,7 @@ def open_model(path: Path) -> ModelFile:
     """
     path = Path(path)
     first = _open_one(path)
-    count = first.get_field("split.count")
-    n_parts = int(count.contents()) if count is not None else 0
+    n_parts = _count_parts(path, first)
     if n_parts <= 1:
         return ModelFile((path,), (first,))
     match = _SPLIT_NAME.match(path.name)
@@ -95,6 +111,14 @@ def open_model(path: Path) -> ModelFile:
         raise FormatError(f"{path}: part of a split file; name the first part (...-00001-of-{n_parts:05}.gguf)")
     paths = [path.with_name(f"{match['prefix']}-{i:05}-of-{n_parts:05}.gguf") for i in range(1, n_parts + 1)]
     return ModelFile(tuple(paths), (first, *(_open_one(part) for part in paths[1:])))
+
+
+def _count_parts(path: Path, first: gguf.GGUFReader) -> int:
+    field = first.get_field("split.count")
+    count = 0 if field is None else field.contents()
+    if type(count) is not int:
+        raise FormatError(f"{path}: its split.count is no whole number; download or convert it again")
+    return count
 
 
 def _open_one(path: Path) -> gguf.GGUFReader:

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from entrollm_gguf.console import output_console
+from entrollm_gguf.console import output_console, printable
 from entrollm_gguf.errors import FormatError
 
 
 @contextlib.contextmanager
 def _bytes_bar(disable: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=disable) as bar:
         task = bar.add_task("reading", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=printable(name))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -64,7 +64,7 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
         from entrollm_gguf.inspect.plot import plot_file
 
         drawn = plot_file(report, plot, tensor=plot_tensor, force=force)
-        click.echo(f"{plot}: layers, and codes of {drawn}", err=True)
+        click.echo(f"{plot}: layers, and codes of {printable(drawn)}", err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))
         return
@@ -78,15 +78,15 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
     for t in report.tensors:
         shape = " x ".join(map(str, t.shape))
         table.add_row(
-            t.name, t.type, shape, str(t.n_bytes), _number(t.bits_per_weight), _number(t.entropy), _whole(t.raw_bits), _whole(t.tail_planes),
-            _number(t.tail_percent, 1), _number(t.far_percent, 2), t.scheme or "", t.decodes_to or "",
+            printable(t.name), t.type, shape, str(t.n_bytes), _number(t.bits_per_weight), _number(t.entropy), _whole(t.raw_bits), _whole(t.tail_planes),
+            _number(t.tail_percent, 1), _number(t.far_percent, 2), printable(t.scheme or ""), t.decodes_to or "",
         )  # fmt: skip
     console = output_console()
     console.print(table)
     totals = Table(show_header=False, box=None)
     totals.add_row("file", f"{report.path}, {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.3f} bits per weight in all")
     if report.recipe:
-        totals.add_row("recipe", report.recipe)
+        totals.add_row("recipe", printable(report.recipe))
     if report.coded_bits_per_weight is not None and report.coded_entropy is not None:
         over = f" (+{(report.coded_bits_per_weight / report.coded_entropy - 1) * 100:.2f} %)" if report.coded_entropy else ""
         totals.add_row(
@@ -103,8 +103,8 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
 def verify(file: Path, threads: int | None) -> None:
     """Check that a GGUF is whole and that every entropy-coded tensor is intact.
 
-    Checks the file's length, and of each entropy-coded tensor the structure, the hash, which takes in the tensor's name, and that every
-    group of rows holds exactly its codes. Stock tensors carry no checksum. Exit code 0 if all is well.
+    Checks the file's length, of each entropy-coded tensor the structure, the hash, which takes in the tensor's name, and that every
+    group of rows holds exactly its codes, and that llama.cpp loads the file. Stock tensors carry no checksum. Exit code 0 if all is well.
     """
     from entrollm_gguf.inspect.verify import verify_file
 
@@ -112,7 +112,7 @@ def verify(file: Path, threads: int | None) -> None:
         report = verify_file(file, threads=threads, progress=progress)
     if report.problems:
         for problem in report.problems[1:]:
-            click.echo(f"{file}: {problem}", err=True)
+            click.echo(printable(f"{file}: {problem}"), err=True)
         raise FormatError(f"{file}: {report.problems[0]}; download or convert it again")
     click.echo(f"{file}: sound, {report.n_coded} of {report.n_tensors} tensors are entropy-coded")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from entrollm_gguf import codec
-from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.errors import ConversionError, FormatError
 from entrollm_gguf.gguf_io.output import StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
@@ -59,6 +59,9 @@ def decode_file(
     model = open_model(source)
     if any(out.resolve() == path.resolve() for path in model.paths):
         raise ConversionError(f"{out}: input and output are the same file")
+    architecture = model.text("general.architecture")
+    if architecture is None:
+        raise FormatError(f"{source}: names no general.architecture, so that nothing can load it; download or convert it again")
     entries = list(model.tensors())
     plain_types = {e.name: _plain_type(model, e) for e in entries if e.kind is not None}
     if not plain_types:
@@ -66,7 +69,7 @@ def decode_file(
 
     gguf = import_gguf()
     with atomic_output(out, force) as temporary:
-        writer = gguf.GGUFWriter(temporary, model.field("general.architecture"))
+        writer = gguf.GGUFWriter(temporary, architecture)
         _copy_metadata(model, writer)
         most_common = Counter(plain_types.values()).most_common(1)[0][0]
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most_common]])

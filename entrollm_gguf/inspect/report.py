@@ -59,7 +59,7 @@ def inspect_file(path: str | Path, *, threads: int | None = None, progress: Prog
         RuntimeMissingError: the patched runtime is not installed.
     """
     model = open_model(Path(path))
-    schemes = dict(zip(model.field("entrollm.tensor.names") or [], model.field("entrollm.tensor.schemes") or []))
+    schemes = dict(zip(model.texts("entrollm.tensor.names"), model.texts("entrollm.tensor.schemes")))
     entries = list(model.tensors())
     total = sum(e.n_bytes for e in entries)
     done = 0
@@ -76,7 +76,7 @@ def inspect_file(path: str | Path, *, threads: int | None = None, progress: Prog
     coded_bytes = sum(e.n_bytes for e, _ in coded)
     return FileReport(
         path=str(path),
-        recipe=model.field("entrollm.recipe"),
+        recipe=model.text("entrollm.recipe"),
         n_bytes=model.n_bytes,
         n_weights=n_weights,
         bits_per_weight=model.n_bytes * 8 / n_weights if n_weights else 0.0,

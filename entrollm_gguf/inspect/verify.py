@@ -9,9 +9,14 @@ from pathlib import Path
 
 from entrollm_gguf.codec import Payload
 from entrollm_gguf.errors import FormatError
-from entrollm_gguf.gguf_io.reader import ModelFile, open_model
+from entrollm_gguf.gguf_io.loader import why_not_loaded
+from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
 
 Progress = Callable[[int, int, str], None]
+
+_MIN_ALIGNMENT = 32  # of what ggml's backends take from a mapping
+# Files that are loaded beside a model. Whatever else stands in general.type is not looked at by llama.cpp.
+_NO_MODELS = ("adapter", "mmproj", "imatrix")
 
 
 @dataclass(frozen=True)
@@ -25,26 +30,29 @@ class VerifyReport:
 
 
 def verify_file(path: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Check length, structure, hashes and codes.
+    """Check length, structure, hashes and codes; and, where these are right, that llama.cpp loads the file.
 
     Raises:
         FormatError: the file cannot be read as a GGUF at all (cut in its header, not a GGUF).
         RuntimeMissingError: the patched runtime is not installed.
     """
     model = open_model(Path(path))
-    problems = _check_length(model)
+    problems = _check_length(model) + _check_alignment(model)
     entries = list(model.tensors())
     total = sum(e.n_bytes for e in entries)
     done = 0
     for entry in entries:
         if entry.kind is not None:
-            try:
-                Payload(entry.kind, entry.data, entry.shape, entry.name, label=f"tensor {entry.name}").verify(threads)
-            except FormatError as error:
-                problems.append(str(error))
+            problems += _check_coded(entry, threads)
         done += entry.n_bytes
         if progress:
             progress(done, total, entry.name)
+    if not problems:
+        is_model = model.text("general.type") not in _NO_MODELS and model.text("general.architecture") != "clip"
+        # parts of a model are loaded with the first one, those of anything else are files of their own
+        for part in model.paths[:1] if is_model else model.paths:
+            reason = why_not_loaded(part, is_model=is_model)
+            problems += [reason] if reason else []
     return VerifyReport(str(path), len(entries), sum(e.kind is not None for e in entries), tuple(problems))
 
 
@@ -63,3 +71,19 @@ def _check_length(model: ModelFile) -> list[str]:
         elif size > end:
             problems.append(f"{path}: {size - end} bytes too many at the end")
     return problems
+
+
+def _check_alignment(model: ModelFile) -> list[str]:
+    small = [reader.alignment for reader in model.readers if reader.alignment < _MIN_ALIGNMENT]
+    return [f"general.alignment is {small[0]}, llama.cpp needs at least {_MIN_ALIGNMENT}"] if small else []
+
+
+def _check_coded(entry: TensorEntry, threads: int | None) -> list[str]:
+    label = f"tensor {entry.name}"
+    if entry.n_elements == entry.shape[-1]:
+        return [f"{label}: has one dimension; llama.cpp reads such tensors as floats"]
+    try:
+        Payload(entry.kind, entry.data, entry.shape, entry.name, label=label).verify(threads)
+    except FormatError as error:
+        return [str(error)]
+    return []

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from rewriting import key, rewrite, text
 
 import entrollm_gguf
 from entrollm_gguf.cli import _COMMANDS, main
 from entrollm_gguf.convert.recipes import RECIPES
+from entrollm_gguf.gguf_io.reader import open_model
 
 
 def test_help_of_every_command(capsys):
@@ -78,7 +82,6 @@ def test_inspect(converted, capsys):
 def test_what_inspect_counts_is_what_the_file_holds(converted, capsys):
     """Raw bits, tails and far bytes add up to the bits per weight, but for the container."""
     from entrollm_gguf.codec import Payload
-    from entrollm_gguf.gguf_io.reader import open_model
 
     path = converted("llama", "EQ8-mixed")
     assert main(["inspect", str(path), "--json"]) == 0
@@ -163,8 +166,118 @@ def test_perplexity(converted, text_file, tmp_path, capsys):
     assert "none.txt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("A few words.".encode("utf-16"), "UTF-8"),
+        ("A few words.".encode("utf-16-le"), "UTF-8"),
+        ("caf\u00e9 au lait".encode("latin-1"), "UTF-8"),
+        (b"\x7fELF\x02\x01\x00", "UTF-8"),
+        (b" \n", "empty"),
+    ],
+)
+def test_one_rule_for_texts(converted, tiny_model, tmp_path, content, reason, capsys):
+    """Perplexity and calibration take the same ones."""
+    odd, out = tmp_path / "odd.txt", tmp_path / "out.gguf"
+    odd.write_bytes(content)
+    for command in (
+        ["perplexity", str(converted("mistral", "EQ8-mixed")), "--text", str(odd)],
+        ["convert", str(tiny_model("mistral").folder), str(out), "--bits", "4", "--calibration", str(odd)],
+    ):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert "odd.txt" in error and reason in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_perplexity_of_odd_paths_in_any_locale(converted, text_file, tmp_path):
+    """The tools' output has letters beyond ASCII, and so have the names."""
+    folder = tmp_path / "odd {x} %s \u00e9"
+    folder.mkdir()
+    reference, text = folder / "100%n.gguf", folder / "text %d.txt"
+    shutil.copy(converted("mistral", "EQ4-mixed"), reference)
+    shutil.copy(text_file, text)
+    model = converted("mistral", "EQ8-mixed")
+    command = [sys.executable, "-m", "entrollm_gguf.cli", "perplexity", model, "--text", text, "--reference", reference]
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run([*command, "--ctx", "128", "--chunks", "2", "--json"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["kld_mean"] > 0
+
+
+def test_too_few_tokens_for_a_divergence(converted, text_file, capsys):
+    path = str(converted("mistral", "EQ8-mixed"))
+    assert main(["perplexity", path, "--reference", path, "--text", str(text_file), "--ctx", "64", "--chunks", "2"]) == 1
+    assert "fewer than 100 tokens" in capsys.readouterr().err
+
+
+def test_perplexity_that_is_no_number(converted, text_file, tmp_path, capsys):
+    sound, path = converted("mistral", "EQ8-mixed"), tmp_path / "nan.gguf"
+    norm = next(t for t in open_model(sound).tensors() if t.name == "output_norm.weight")
+    data, at = sound.read_bytes(), int(norm.reader_tensor.data_offset)
+    path.write_bytes(data[:at] + b"\xff" * norm.n_bytes + data[at + norm.n_bytes :])
+    arguments = ["perplexity", str(path), "--text", str(text_file), "--ctx", "128", "--chunks", "2"]
+    for more in ([], ["--reference", str(sound)]):
+        assert main([*arguments, *more]) == 1
+        assert "nan.gguf: has no perplexity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "architecture, extra",
+    [("t5", []), ("bert", [key("bert.attention.causal", 7, b"\0")]), ("llama", [key("llama.attention.causal", 7, b"\0")])],
+)
+def test_perplexity_without_a_next_token(converted, text_file, tmp_path, architecture, extra, capsys):
+    keys = [key("general.architecture", 8, text(architecture)), *extra]
+    path = rewrite(converted("mistral", "EQ8-mixed"), tmp_path / "other.gguf", keys=keys, without="general.architecture")
+    for arguments in ([str(path)], [str(converted("mistral", "EQ8-mixed")), "--reference", str(path)]):
+        assert main(["perplexity", *arguments, "--text", str(text_file)]) == 1
+        error = capsys.readouterr().err
+        assert "other.gguf" in error and f"{architecture} models do not predict the next token" in error
+
+
 def test_chat_one_question(converted, capsys):
     assert main(["chat", str(converted("llama", "EQ8-mixed")), "--prompt", "hello", "--max-tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    "template, more, reason",
+    [
+        ("{{- if .System }}{{ .System }}{{ end }}", [], "chat template"),
+        ("{% do messages.append(1) %}{{ messages[0].content }}", [], "'do'"),
+        ("{{ now(messages) }}", [], "'now' is undefined"),
+        ("{{ messages[0].content + 1 }}", [], "chat template"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}hi",
+            ["--system", "be brief"],
+            "leave out the system",
+        ),
+    ],
+)
+def test_chat_templates_that_fail(converted, tmp_path, template, more, reason, capsys):
+    keys = [key("tokenizer.chat_template", 8, text(template))]
+    path = rewrite(converted("mistral", "EQ8-mixed"), tmp_path / "odd.gguf", keys=keys)
+    assert main(["chat", str(path), "--prompt", "hi", "--max-tokens", "2", "--ctx", "128", *more]) == 1
+    told = capsys.readouterr()
+    error = told.err.strip().splitlines()[-1]
+    assert error.startswith("entrollm: error: ") and "odd.gguf" in error and reason in error and "Traceback" not in told.err
+    assert not told.out.strip()
+
+
+def test_chat_with_no_chat_model(converted, tmp_path, capsys):
+    path = rewrite(converted("mistral", "EQ8-mixed"), tmp_path / "encoder.gguf", keys=[key("llama.attention.causal", 7, b"\0")])
+    assert main(["chat", str(path), "--prompt", "hi"]) == 1
+    assert "nothing to chat with" in capsys.readouterr().err
+
+
+def test_chat_beyond_the_context(converted, monkeypatch, capsys):
+    path = str(converted("mistral", "EQ8-mixed"))
+    assert main(["chat", path, "--prompt", "word " * 2000, "--ctx", "128"]) == 1
+    assert "longer than the context of" in capsys.readouterr().err
+    questions = iter(["word " * 2000, "hi", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(questions))
+    assert main(["chat", path, "--max-tokens", "2", "--ctx", "128"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("longer than the context") == 1 and told.out.strip()  # the long question is no part of the conversation
 
 
 def test_runtime_info(capsys):

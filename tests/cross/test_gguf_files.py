@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from rewriting import rewrite
 from running import logits
 
 from entrollm_gguf import codec, runtime
@@ -18,6 +19,7 @@ from entrollm_gguf.errors import FormatError, ToolError
 from entrollm_gguf.eval.chat import Chat
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
+from entrollm_gguf.inspect.report import inspect_file
 from entrollm_gguf.inspect.verify import verify_file
 from entrollm_gguf.runtime import tree
 from entrollm_gguf.runtime.fetch import fetch_sdist
@@ -30,6 +32,7 @@ def write_gguf(path, n_experts: int = 3, tail: bool = False, alignment: int | No
 
     rng = np.random.default_rng(3)
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)  # it lacks what a model needs, and is not loaded as one
     if alignment:
         writer.add_custom_alignment(alignment)
     writer.add_tensor("norm", np.arange(5, dtype=np.float32))
@@ -59,6 +62,75 @@ def test_gguf_py_round_trip(tmp_path, tail, alignment):
         assert np.array_equal(codec.decode(entry.kind, entry.data, entry.shape), q)
         assert entry.n_bytes == entry.data.size
     assert verify_file(path).problems == ()
+
+
+def test_a_fourth_dimension_of_one(tmp_path):
+    """It says nothing to ggml, and nothing to us: one notion of shape for both readers."""
+    source = tmp_path / "three.gguf"
+    write_gguf(source)
+
+    def edit(infos) -> None:
+        for one in infos.values():
+            one.dims += [1] * (4 - len(one.dims))
+
+    path = rewrite(source, tmp_path / "four.gguf", edit=edit)
+    shapes = [{e.name: e.shape for e in open_model(p).tensors() if e.kind} for p in (source, path)]
+    assert shapes[0] == shapes[1] == {"flat": (33, 64), "experts": (3, 40, 96)}
+    assert verify_file(path).problems == ()
+    coded = [[t for t in inspect_file(p).tensors if t.entropy is not None] for p in (source, path)]
+    assert coded[0] == coded[1] and len(coded[0]) == 2
+    plain = []
+    for of in (source, path):
+        out = tmp_path / f"plain-{of.name}"
+        decode_file(of, out)
+        plain.append({t.name: bytes(t.data) for t in open_model(out).tensors()})
+    assert plain[0] == plain[1]
+
+    experts = next(e for e in open_model(path).tensors() if e.name == "experts")
+    data, slab_size = bytearray(path.read_bytes()), codec.read_header(experts.kind, experts.data, experts.shape).slab_size
+    data[int(experts.reader_tensor.data_offset) + slab_size + 400] ^= 16  # in the second slab
+    path.write_bytes(data)
+    assert "experts" in verify_file(path).problems[0]
+
+
+@pytest.mark.parametrize("name, recipe", [("qwen2_moe", "EQ8-mixed"), ("mistral", "EQ8-paper"), ("mistral", "EQ4-mixed")])
+def test_gguf_py_dequantizes(converted, name, recipe):
+    """Exactly scale * q + offset, in the tensor's shape."""
+    import gguf
+
+    for entry in open_model(converted(name, recipe)).tensors():
+        if entry.kind is None:
+            continue
+        codes = codec.decode(entry.kind, entry.data, entry.shape).reshape(-1, *entry.shape[-2:])
+        scales, offsets = codec.scales_and_offsets(entry.kind, entry.data, entry.shape)
+        expected = codes * scales[..., None].astype(np.float32) + (0 if offsets is None else offsets[..., None])
+        found = gguf.quants.dequantize(entry.data, gguf.GGMLQuantizationType[entry.type_name])
+        assert found.shape == entry.shape and found.dtype == np.float32
+        assert np.allclose(found, expected.reshape(entry.shape), rtol=1e-6, atol=0), entry.name
+
+
+def test_gguf_py_dequantizes_no_damaged_data(converted):
+    import gguf
+
+    entry = next(t for t in open_model(converted("mistral", "EQ8-mixed")).tensors() if t.kind)
+    damaged = np.array(entry.data)
+    damaged[96] = 77  # raw bits of the code
+    for data, reason in ((damaged, "code parameters"), (entry.data[:-1], "shorter"), (entry.data[:99], "shorter")):
+        with pytest.raises(ValueError, match=reason):
+            gguf.quants.dequantize(data, gguf.GGMLQuantizationType.EQ8)
+
+
+def test_transformers_reads_our_files(converted, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = converted("mistral", "EQ8-mixed")
+    ours = dict(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).named_parameters())
+    theirs = dict(AutoModelForCausalLM.from_pretrained(tiny_model("mistral").folder, dtype=torch.float32).named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, weights in theirs.items():
+        error = (ours[name] - weights).square().mean() / weights.square().mean()
+        assert error < 1e-2, (name, error)
 
 
 def test_gguf_dump(tmp_path):

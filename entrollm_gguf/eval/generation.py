@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: MIT
+"""Which models predict the next token of a text: only they can chat, and only they have a perplexity."""
+
+from __future__ import annotations
+
+# What llama.cpp knows by the architecture alone: encoders of all kinds, what drafts for another model, and diffusion, which fills in masked tokens.
+_OTHERS = {"t5", "t5encoder", "gemma-embedding", "eagle3", "dflash", "dream", "llada", "llada-moe", "rnd1", "wavtokenizer-dec", "clip"}
+
+
+def predicts_next_token(architecture: str, causal: bool) -> bool:
+    """Whether a model continues a text token by token.
+
+    Args:
+        architecture: general.architecture of the file.
+        causal: what it says of attention.causal; True where it says nothing.
+    """
+    return causal and architecture not in _OTHERS

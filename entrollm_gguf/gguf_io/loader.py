@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""What llama.cpp says to a file: its own loader is asked, so that nobody has to repeat its checks.
+
+It runs in a process of its own, which is this file as a program: on some files upstream aborts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
+    """Load everything of a model but its weights: metadata, vocabulary, and types, shapes and places of all tensors.
+
+    Args:
+        path: a GGUF file, or the first part of a split one.
+        is_model: False for an adapter and the like: ggml reads the file, as all loaders have it do, and no model is made of it.
+    Returns:
+        llama.cpp's reason for refusing the file, one line, or None if it takes it.
+    Raises:
+        RuntimeMissingError: the runtime is not installed.
+    """
+    from entrollm_gguf import runtime
+
+    runtime.info()  # says so if there is none
+    # load mode is what every backend has; a mode of the user's environment is no property of the file
+    environment = {**os.environ, "GGML_ENTROPY_MODE": "load", "PYTHONIOENCODING": "utf-8"}
+    library = [] if is_model else [str(runtime.library("ggml-base"))]
+    command = [sys.executable, "-P", __file__, str(path.absolute()), *library]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=environment)
+    if result.returncode == 0:
+        return None
+    said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    if result.returncode < 0:
+        return f"llama.cpp ends by {signal.Signals(-result.returncode).name}" + (f" after: {said[0]}" if said else "")
+    return f"llama.cpp refuses it: {said[0] if said else 'without a word'}"
+
+
+def _load_model(path: str) -> bool:
+    """Whether the model loads; prints the errors of the log."""
+    import llama_cpp
+
+    error_level = 4  # GGML_LOG_LEVEL_ERROR
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, _: object) -> None:
+        if level == error_level:
+            # "function: what is wrong"; the function says nothing to a user
+            line = text.decode(errors="replace").strip()
+            print(line.partition(": ")[2].removeprefix("error loading model: ") or line, flush=True)
+
+    llama_cpp.llama_log_set(log, None)
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.no_alloc, parameters.load_mode, parameters.n_gpu_layers = True, llama_cpp.LLAMA_LOAD_MODE_NONE, 0
+    return bool(llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters))
+
+
+class _InitParams(ctypes.Structure):
+    """struct gguf_init_params."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+def _load_gguf(path: str, library: str) -> bool:
+    """Whether ggml reads the file; it prints its errors itself."""
+    ggml = ctypes.CDLL(library)
+    ggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
+    ggml.gguf_init_from_file.restype = ctypes.c_void_p
+    return bool(ggml.gguf_init_from_file(os.fsencode(path), _InitParams(True, None)))
+
+
+if __name__ == "__main__":
+    sys.exit(0 if (_load_gguf if len(sys.argv) > 2 else _load_model)(*sys.argv[1:]) else 1)
