@@ -40,7 +40,7 @@ def _slab(kind: int = 1, rows: bool = False, offset: int = 0, codes: np.ndarray 
     scales = np.full(ROWS if rows else 1, 0.5, np.float16)
     offsets = None if offset == 0 else np.full(1 if offset == 1 else ROWS, 4.0, np.float32)
     codes = _codes(kind) if codes is None else codes
-    return bytearray(encode_slab(codes, kind, scales, offsets, name=NAME, **{"code": CODE[kind], **keywords}))
+    return bytearray(encode_slab(codes, kind, scales, offsets, name=NAME, **{"code": CODE[kind], "device_size": 4096, **keywords}))
 
 
 CASES: list[Case] = []
@@ -121,7 +121,7 @@ _add("tile-cols-2048", "bad-shape", _put("I", 44, 2048))
 _add("device-size-0", "bad-layout", _put("Q", DEVICE_SIZE, 0))
 _add("device-size-768", "bad-layout", _put("Q", DEVICE_SIZE, 768))
 _add("device-size-odd", "bad-layout", _put("Q", DEVICE_SIZE, 4096 + 64))
-_add("device-size-beyond-15-bits-a-symbol", "bad-layout", lambda d: _put("Q", DEVICE_SIZE, _field(d, DEVICE_SIZE) + 256)(d))  # it was the largest
+_add("device-size-beyond-15-bits-a-symbol", "bad-layout", lambda d: _put("Q", DEVICE_SIZE, _field(d, DEVICE_SIZE) + 256)(d), device_size=None)
 _add("device-size-too-large", "bad-layout", _put("Q", DEVICE_SIZE, (1 << 46) + 256))
 _add("device-size-max", "bad-layout", _put("Q", DEVICE_SIZE, 2**64 - 256))
 for name, field in (("index", INDEX), ("body", BODY)):
