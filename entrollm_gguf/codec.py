@@ -693,6 +693,9 @@ class Payload:
 
     def _decode_slab(self, view: c.View, decode: Callable[..., int], out: np.ndarray, threads: int | None) -> None:
         """Run decode(view, group0, group1, address of row 16 * group0 of out) over all row groups."""
+        # a mapped file may have changed between the header that `out` was made for and the one that says how much is decoded
+        if (view.header.n_rows, view.header.n_cols) != (self.header.n_rows, self.header.n_cols):
+            raise FormatError(f"{self.label}: the file was changed while it was read")
         ref, data, group_bytes = ctypes.byref(view), out.ctypes.data, GROUP_ROWS * out.strides[0]
         self._check(_run(lambda g0, g1: decode(ref, g0, g1, data + g0 * group_bytes), view.n_groups, _threads(threads)))
 

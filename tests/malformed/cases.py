@@ -40,7 +40,7 @@ def _slab(kind: int = 1, rows: bool = False, offset: int = 0, codes: np.ndarray 
     scales = np.full(ROWS if rows else 1, 0.5, np.float16)
     offsets = None if offset == 0 else np.full(1 if offset == 1 else ROWS, 4.0, np.float32)
     codes = _codes(kind) if codes is None else codes
-    return bytearray(encode_slab(codes, kind, scales, offsets, name=NAME, **{"code": CODE[kind], **keywords}))
+    return bytearray(encode_slab(codes, kind, scales, offsets, name=NAME, **{"code": CODE[kind], "device_size": 4096, **keywords}))
 
 
 CASES: list[Case] = []
@@ -121,6 +121,7 @@ _add("tile-cols-2048", "bad-shape", _put("I", 44, 2048))
 _add("device-size-0", "bad-layout", _put("Q", DEVICE_SIZE, 0))
 _add("device-size-768", "bad-layout", _put("Q", DEVICE_SIZE, 768))
 _add("device-size-odd", "bad-layout", _put("Q", DEVICE_SIZE, 4096 + 64))
+_add("device-size-beyond-15-bits-a-symbol", "bad-layout", lambda d: _put("Q", DEVICE_SIZE, _field(d, DEVICE_SIZE) + 256)(d), device_size=None)
 _add("device-size-too-large", "bad-layout", _put("Q", DEVICE_SIZE, (1 << 46) + 256))
 _add("device-size-max", "bad-layout", _put("Q", DEVICE_SIZE, 2**64 - 256))
 for name, field in (("index", INDEX), ("body", BODY)):
@@ -254,7 +255,7 @@ _add("tail-of-zero-bits-missing", "bad-stream", lambda d: _regroup(d, lambda tai
 # 4: experts
 def _experts() -> bytearray:
     codes = np.stack([_codes(1) // d for d in (1, 2, 30)])
-    return bytearray(encode_tensor(codes, 1, np.full((3, 1), 1, np.float16), name=NAME))
+    return bytearray(encode_tensor(codes, 1, np.full((3, 1), 1, np.float16), name=NAME, device_size=4096))
 
 
 def _add_experts(name: str, rule: str, change: Callable[[bytearray, int], bytearray | None], verdict: str = "reject") -> None:

@@ -179,7 +179,9 @@ def parse_slab(data: bytes, kind: int, n_cols: int, n_rows: int, n_slabs: int) -
     scale = np.array([scale_bits], np.uint16).view(np.float16)[0]
     require(np.isfinite(scale) if scale_mode == 0 else scale_bits == 0, "bad-scale")
     require(np.isfinite(offset) if offset_mode == 1 else data[40:44] == bytes(4), "bad-scale")
-    require(device_size % 256 == 0 and 256 + 512 + 256 <= device_size <= 1 << 46, "bad-layout", "device_size")
+    n_tiles = ceil_div(n_rows, 32) * ceil_div(n_cols, tile_cols)
+    device_limit = min(1 << 46, 4096 + 6 * n_rows + 176 * n_tiles + 2 * n_rows * n_cols)
+    require(device_size % 256 == 0 and 256 + 512 + 256 <= device_size <= device_limit, "bad-layout", "device_size")
 
     # 5.2
     code = parse_code(code_bytes)

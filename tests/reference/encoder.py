@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 
-from .decoder import _CODE, _HEADER, GROUP_ROWS, KIND_EQ4, MAGIC, TAIL_SHAPES, UNIT, UNIT_COLS, Code, align, as_i8, ceil_div, slab_hash
+from .decoder import _CODE, _HEADER, GROUP_ROWS, MAGIC, TAIL_SHAPES, UNIT, UNIT_COLS, Code, align, as_i8, ceil_div, slab_hash
 
 
 def make_code(raw_bits: int, bin_bits: int, tail: int, base: int, bins: tuple[int, ...] = ()) -> Code:
@@ -102,12 +102,10 @@ def encode_group(codes: np.ndarray, code: Code) -> bytes:
     return raw + tail + bytes(-len(raw + tail + far) % 8) + far[::-1]
 
 
-def device_size_bound(kind: int, n_rows: int, n_cols: int, tile_cols: int, scale_mode: int, offset_mode: int) -> int:
-    """8: as many bytes as a slab can take in the device layout, with codes of 15 bits everywhere."""
+def device_size_bound(n_rows: int, n_cols: int, tile_cols: int) -> int:
+    """5.1: as many bytes as a slab may take in the device layout, with codes of 15 bits everywhere."""
     n_tiles = ceil_div(n_rows, 32) * ceil_div(n_cols, tile_cols)
-    words = ceil_div(15 * tile_cols // (2 if kind == KIND_EQ4 else 1), 32)
-    sizes = (512, 2 * n_rows * (scale_mode == 1), 4 * n_rows * (offset_mode == 2), 4 * n_tiles, 32 * n_tiles, 4 * 32 * words * n_tiles)
-    return 256 + sum(align(size, 256) for size in sizes) + 256
+    return (4096 + 6 * n_rows + 176 * n_tiles + 2 * n_rows * n_cols) // 256 * 256
 
 
 def encode_slab(
@@ -157,7 +155,7 @@ def encode_slab(
         places.append(0 if section is None else len(data))
         data += section or b""
     size = slab_size or align(len(data), 256) + 256
-    device_size = device_size or device_size_bound(kind, n_rows, n_cols, tile_cols, scale_mode, offset_mode)
+    device_size = device_size or device_size_bound(n_rows, n_cols, tile_cols)
     class_base = np.array(code.class_base, np.int8).tobytes().ljust(8, b"\0")
     header = _HEADER.pack(
         MAGIC, 2, kind, 0, 0, size, n_cols, n_rows, n_slabs, scale_mode, offset_mode,

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: MIT
 # Codec, ops and loader under sanitizers. Usage: run.sh BIN address|thread, BIN being the bin folder of the Python environment.
 #
-# address (with UBSan): the Python tests of the codec with an instrumented library; every op at every kernel level; whole model files, cut
-# and damaged, through the loader: of the damaged ones a quarter, or what PART=N/I says (the I-th of N parts; 1/1 is all). thread: every op
-# with 1 to 8 threads.
+# address (with UBSan): the Python tests of the codec with an instrumented library; every op at every kernel level; whole model files through
+# the loader, cut, damaged, and rewritten while they run: a quarter of these cases, or what PART=N/I says (the I-th of N parts; 1/1 is all).
+# thread: every op with 1 to 8 threads.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=$1

@@ -67,11 +67,31 @@ void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why) {
     }
 }
 
+void llama_entropy_check_use(const std::string & name, llm_tensor kind, ggml_op op) {
+    bool takes_coded = op == GGML_OP_MUL_MAT || op == GGML_OP_MUL_MAT_ID || op == GGML_OP_GET_ROWS;
+    switch (kind) {
+        case LLM_TENSOR_TOKEN_TYPES:       // a row of it is added
+        case LLM_TENSOR_D2T:               // holds integers
+        case LLM_TENSOR_FFN_GATE_TID2EID:
+            takes_coded = false;
+            break;
+        default:
+            break;
+    }
+    if (!takes_coded) {
+        throw std::runtime_error(format(
+            "tensor '%s' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: convert the file again", name.c_str()));
+    }
+}
+
 void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target) {
     llama_entropy_check_plain(tensor, "which llama-quantize cannot read");
     if (ggml_entropy_is_type(target)) {
         throw std::runtime_error(format("tensor '%s': llama-quantize cannot write type %s: convert with `entrollm convert`",
             ggml_get_name(tensor), ggml_type_name(target)));
+    }
+    if (ggml_blck_size(target) == 0) { // in the gap below our ids, or removed
+        throw std::runtime_error(format("tensor '%s': there is no type of number %d to quantize to", ggml_get_name(tensor), (int) target));
     }
 }
 
@@ -260,24 +280,21 @@ bool llama_entropy::set_plain_type(const llama_model_loader & ml, bool reshape, 
     return true;
 }
 
-// A lane has at most 15 bits a symbol. More than this in the device layout is not what an encoder made, and would reserve memory for nothing.
-static uint64_t max_device_size(const ggml_entropy_header & h) {
-    const uint64_t n_rows   = h.n_rows;
-    const uint64_t n_groups = (n_rows + GGML_ENTROPY_LANES - 1)/GGML_ENTROPY_LANES;
-    const uint64_t n_tiles  = n_groups*((h.n_cols + h.tile_cols - 1)/h.tile_cols);
-    // header, table and alignment of sections; scales and offsets; of a tile its offset, its lane lengths and what fills up words and its end
-    return 4096 + 6*n_rows + n_tiles*(4 + GGML_ENTROPY_LANES + 4*GGML_ENTROPY_LANES + 12) + 2*n_rows*h.n_cols;
+// Weights that a graph of llama.cpp views or reshapes, which needs rows of a known size.
+static bool is_viewed(llm_tensor kind) {
+    return kind == LLM_TENSOR_PER_LAYER_TOKEN_EMBD // the row of the padding, with images: gemma3n.cpp, gemma4.cpp
+        || kind == LLM_TENSOR_TIME_MIX_W2;         // as five matrices: rwkv6-base.cpp
 }
 
-// The rule. It may look at the type, the buffer type and the settings, and at nothing else, above all not at the load mode or at free
+// The rule. It may look at what the tensor is, the buffer type and the settings, and at nothing else, above all not at the load mode or at free
 // memory: the memory-fit pass, which allocates nothing and maps nothing, must come to the same answer.
 bool llama_entropy::stays_coded(
-        const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
+        llm_tensor kind, const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
         const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft, ggml_tensor * meta) {
     ggml_backend_dev_t device = device_of(*buft);
     const bool is_cpu = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
 
-    if (mode == MODE_LOAD || (mode == MODE_AUTO && is_cpu && fits)) {
+    if (mode == MODE_LOAD || (mode == MODE_AUTO && is_cpu && fits) || is_viewed(kind)) {
         return false;
     }
     if (!ggml_backend_entropy_dev_declares(device)) {
@@ -300,12 +317,8 @@ bool llama_entropy::stays_coded(
         return false;
     }
     if (llama_entropy_has_device_layout(coded_buft)) {
-        const ggml_entropy_header & header = headers.at(ggml_get_name(coded));
-        if (header.device_size > max_device_size(header)) {
-            throw_damaged(coded, GGML_ENTROPY_BAD_LAYOUT);
-        }
-        there.nb[2] = header.device_size;
-        there.nb[3] = header.device_size*there.ne[2];
+        there.nb[2] = headers.at(ggml_get_name(coded)).device_size;
+        there.nb[3] = there.nb[2]*there.ne[2];
     }
     *buft = coded_buft;
     *meta = there;
@@ -382,6 +395,13 @@ static const uint8_t * bring_payload(
     return (const uint8_t *) buf.data();
 }
 
+static void check_f16(const ggml_tensor * src, const llama_entropy_slabs & slabs, const char * why) {
+    if (!std::all_of(slabs.begin(), slabs.end(), [](const ggml_entropy_view & slab) { return ggml_entropy_fits_f16(&slab); })) {
+        throw std::runtime_error(format("tensor '%s' of type %s has weights beyond the range of F16, %s, or convert the model again",
+            ggml_get_name(src), ggml_type_name(src->type), why));
+    }
+}
+
 // Hand the slabs of src to sink(coded, slab0, bytes) in the device layout, some at a time: coded has type, shape and strides of those in
 // hand, the first of which is slab0. Ends early if sink returns false, or if one cannot be made: see lanes.
 static bool each_lanes(
@@ -435,6 +455,7 @@ bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const
     if (has_device_layout(dst)) {
         const uint8_t * coded = bring_payload(src, mapped, file, offs, staged);
         const llama_entropy_slabs slabs = validate(src, coded, check);
+        check_f16(src, slabs, "in which the device computes large batches: keep it on the CPU in mode fused");
         llama_entropy_lanes lanes;
         const auto upload = [&](const ggml_tensor & part, int64_t slab0, const uint8_t * bytes) {
             ggml_backend_tensor_set(dst, bytes, slab0*part.nb[2], part.nb[3]);
@@ -447,6 +468,10 @@ bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const
             drop_pages(mapped, ggml_nbytes(src));
         }
     } else if (mapped != nullptr) {
+        if ((uintptr_t) mapped % 8 != 0) {
+            throw std::runtime_error(format("tensor '%s' of type %s: general.alignment is below 8, which mode fused needs where it maps the file: "
+                "use --load-mode none (use_mmap=False) or mode load, or convert the file again", ggml_get_name(src), ggml_type_name(src->type)));
+        }
         validate(src, mapped, check);
         done = false;
     } else {
@@ -471,7 +496,7 @@ bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const
 // decodes.
 static bool decode_on_device(
         const ggml_tensor * src, const llama_entropy_slabs & slabs, const ggml_tensor * dst, llama_entropy_lanes * lanes) {
-    if (slabs[0].header.device_size > max_device_size(slabs[0].header) || !ggml_backend_entropy_dev_decode(src, nullptr, dst)) {
+    if (!ggml_backend_entropy_dev_decode(src, nullptr, dst)) {
         return false;
     }
     return each_lanes(src, slabs, lanes, [&](const ggml_tensor & coded, int64_t slab0, const uint8_t * bytes) {
@@ -490,20 +515,19 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
     std::vector<no_init<uint8_t>> staged;
     const uint8_t * coded = bring_payload(src, mapped, file, offs, staged);
     const llama_entropy_slabs slabs = validate(src, coded, check);
+    if (dst->type == GGML_TYPE_F16) {
+        check_f16(src, slabs, "to which mode load decodes it: use mode fused (GGML_ENTROPY_MODE=fused)");
+    }
 
     llama_entropy_lanes lanes;
     int n_threads = 0;
     const bool in_place = ggml_backend_buffer_is_host(dst->buffer);
-    // --check-tensors wants to see the weights
-    if (in_place || check || !decode_on_device(src, slabs, dst, &lanes)) {
+    if (in_place || !decode_on_device(src, slabs, dst, &lanes)) {
         std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
         uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
 
         ggml_entropy_status status;
         n_threads = llama_entropy_decode_slabs(slabs, dst->type, plain, &status);
-        if (status == GGML_ENTROPY_OK && check && !ggml_validate_row_data(dst->type, plain, n_plain)) {
-            status = GGML_ENTROPY_BAD_SCALE; // a weight of F16 may overflow
-        }
         if (status != GGML_ENTROPY_OK) {
             throw_damaged(src, status);
         }

@@ -19,6 +19,8 @@
 
 #include "llama.h"
 
+#include "llama-arch.h"
+
 #include "ggml-backend.h"
 #include "../ggml/src/ggml-entropy.h"
 
@@ -41,6 +43,10 @@ bool llama_entropy_is_converted(const ggml_tensor * src, const ggml_tensor * dst
 // Throws one clear line if tensor is entropy-coded. For the places that would read its bytes as something else.
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
 
+// Throws one clear line for an entropy-coded tensor that the model takes neither for the weights of a matrix product nor for a table of rows:
+// norms, biases, integers. Even the stock type of load mode would not do for them. kind: which tensor of the model it is; op: where it is used.
+void llama_entropy_check_use(const std::string & name, llm_tensor kind, ggml_op op);
+
 // The same for llama-quantize, which can neither read nor write these types.
 void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target);
 
@@ -55,11 +61,12 @@ struct llama_entropy {
     // Throws on a bad switch or header, and if the model wants another shape than the file's (reshape).
     bool set_plain_type(const llama_model_loader & ml, bool reshape, ggml_tensor * tensor);
 
-    // The rule (docs/runtime-modes.md). coded: the tensor as in the file; *buft: the buffer type that its plain type gets.
+    // The rule (docs/runtime-modes.md). kind: which tensor of the model it is; coded: the tensor as in the file; *buft: the buffer type that
+    // its plain type gets.
     // If it is to stay coded, *buft becomes the buffer type for it, as choose_buft finds it, and *meta the tensor as it will be there: as
     // in the file, or with the strides of the device layout. Throws if the switch asks for what the device cannot do.
     bool stays_coded(
-        const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
+        llm_tensor kind, const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
         const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft, ggml_tensor * meta);
 
     // Bring the payload of src to dst if it is entropy-coded: validate it, then decode it if dst has the plain type, or make the device

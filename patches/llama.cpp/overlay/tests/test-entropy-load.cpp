@@ -2,14 +2,15 @@
 //
 // A hostile file must not crash the loader: damage a small GGUF with entropy-coded tensors in many ways and load it each time.
 //
-//   test-entropy-load FILE [--stride N] [--truncations N] [--seed N] [--jobs N/I]
+//   test-entropy-load FILE [--stride N] [--truncations N] [--rewrites N] [--seed N] [--jobs N/I]
 //
 // (a) truncates the file, at every byte if it has at most --truncations of them, else at as many seeded lengths; (b) changes one byte of the
 // tensor infos and of the payloads of entropy-coded tensors to another value that the seed chooses, and a second time by a single bit:
 // every byte of the tensor infos and of the used part of slab headers, and every --stride-th byte behind them (by default so that
 // there are some 8000 of those; 1 is all of them). Each damaged file is loaded from disk on the CPU, alternately with and without mmap; where it loads, two tokens
 // are decoded. To be refused and to be loaded are both fine, with one exception: a file that ends before its last tensor must be
-// refused. Loading runs in child processes, so that a crash or a hang is counted and the test goes on; build with ASan and
+// refused. (c) changes --rewrites such bytes, most of them of headers, only when the file is mapped and the model runs in fused mode: then it
+// may also stop with SIGABRT, which is how an op refuses a slab. Loading runs in child processes, so that a crash or a hang is counted and the test goes on; build with ASan and
 // UBSan to make it worth its time. --jobs N/I does the I-th of N equal parts of the cases.
 //
 // Limits: needs fork(); on Windows it does nothing. Give it a file of some hundred kilobytes: every case loads the whole model.
@@ -23,6 +24,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -33,6 +35,8 @@ int main() {
     return 0;
 }
 #else
+
+#include <csignal>
 
 #include <fcntl.h>
 #include <sys/wait.h>
@@ -48,6 +52,7 @@ struct test_case {
     uint8_t mask;     // of the bits to flip
     bool    mmap;
     bool    must_fail;
+    bool    late;     // damaged when it is loaded
 };
 
 struct test_file {
@@ -105,8 +110,8 @@ struct test_range {
     size_t dense;
 };
 
-// Where the tensor infos and the payloads of entropy-coded tensors stand, and where the last tensor ends.
-static bool find_ranges(const std::vector<uint8_t> & data, std::vector<test_range> & ranges, size_t & data_end) {
+// Where the tensor infos and, behind them, the n_payloads payloads of entropy-coded tensors stand, and where the last tensor ends.
+static bool find_ranges(const std::vector<uint8_t> & data, std::vector<test_range> & ranges, size_t & n_payloads, size_t & data_end) {
     gguf_context * ctx = gguf_init_from_buffer(data.data(), data.size(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr });
     if (ctx == nullptr || gguf_get_n_tensors(ctx) == 0) {
         gguf_free(ctx);
@@ -126,8 +131,8 @@ static bool find_ranges(const std::vector<uint8_t> & data, std::vector<test_rang
         ranges.push_back({ (size_t) (it - data.begin()), data_offset, data_offset });
     }
 
-    data_end = 0;
-    int n_entropy = 0;
+    data_end   = 0;
+    n_payloads = 0;
     for (int64_t i = 0; i < gguf_get_n_tensors(ctx); i++) {
         const size_t begin = data_offset + gguf_get_tensor_offset(ctx, i);
         const size_t end   = begin + gguf_get_tensor_size(ctx, i);
@@ -135,15 +140,15 @@ static bool find_ranges(const std::vector<uint8_t> & data, std::vector<test_rang
         data_end = std::max(data_end, end);
         if (type == GGML_TYPE_EQ8 || type == GGML_TYPE_EQ4) {
             ranges.push_back({ begin, end, begin + USED_HEADER });
-            n_entropy++;
+            n_payloads++;
         }
     }
     gguf_free(ctx);
-    return n_entropy > 0;
+    return n_payloads > 0;
 }
 
-// Load, decode two tokens if that works. Returns whether it loaded.
-static bool load_and_decode(const char * path, bool use_mmap) {
+// Load, call loaded, decode two tokens if that works. Returns whether it loaded.
+static bool load_and_decode(const char * path, bool use_mmap, const std::function<void()> & loaded) {
     llama_model_params mparams = llama_model_default_params();
     mparams.load_mode    = use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     mparams.n_gpu_layers = 0;
@@ -151,6 +156,7 @@ static bool load_and_decode(const char * path, bool use_mmap) {
     if (model == nullptr) {
         return false;
     }
+    loaded();
     llama_context_params cparams = llama_context_default_params();
     cparams.n_ctx     = 32;
     cparams.n_batch   = 32;
@@ -168,11 +174,17 @@ static bool load_and_decode(const char * path, bool use_mmap) {
 // In a child: run the cases from first on, one letter each to the pipe.
 [[noreturn]] static void run_child(const test_file & file, const std::vector<test_case> & cases, size_t first, int fd) {
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    ggml_set_abort_callback([](const char *) {});
     llama_backend_init();
+    const char * env = getenv("GGML_ENTROPY_MODE");
+    const std::string mode = env ? env : "";
     for (size_t i = first; i < cases.size(); i++) {
         alarm(HANG_SECONDS);
-        const bool damaged = file.damage(cases[i]);
-        const bool loaded  = damaged && load_and_decode(file.path.c_str(), cases[i].mmap);
+        setenv("GGML_ENTROPY_MODE", cases[i].late ? "fused" : mode.c_str(), 1);
+        bool damaged = cases[i].late || file.damage(cases[i]);
+        const bool loaded = damaged && load_and_decode(file.path.c_str(), cases[i].mmap, [&]() {
+            damaged = !cases[i].late || file.damage(cases[i]);
+        });
         if (!damaged || !file.repair(cases[i])) {
             fprintf(stderr, "cannot write %s\n", file.path.c_str());
             _exit(2);
@@ -190,7 +202,7 @@ static std::string describe(const test_case & c) {
     if (c.truncate) {
         snprintf(buf, sizeof(buf), "truncated to %zu bytes, %s", c.at, c.mmap ? "mmap" : "read");
     } else {
-        snprintf(buf, sizeof(buf), "byte %zu ^ 0x%02x, %s", c.at, c.mask, c.mmap ? "mmap" : "read");
+        snprintf(buf, sizeof(buf), "byte %zu ^ 0x%02x, %s%s", c.at, c.mask, c.mmap ? "mmap" : "read", c.late ? ", while it runs" : "");
     }
     return buf;
 }
@@ -199,6 +211,7 @@ int main(int argc, char ** argv) {
     const char * name = nullptr;
     size_t   stride      = 0;
     size_t   truncations = 4096;
+    size_t   rewrites    = 512;
     unsigned seed        = 1;
     size_t   n_jobs      = 1;
     size_t   i_job       = 1;
@@ -208,6 +221,8 @@ int main(int argc, char ** argv) {
             stride = std::max(1l, atol(argv[++i]));
         } else if (arg == "--truncations" && i + 1 < argc) {
             truncations = std::max(1l, atol(argv[++i]));
+        } else if (arg == "--rewrites" && i + 1 < argc) {
+            rewrites = std::max(0l, atol(argv[++i]));
         } else if (arg == "--seed" && i + 1 < argc) {
             seed = (unsigned) atol(argv[++i]);
         } else if (arg == "--jobs" && i + 1 < argc && sscanf(argv[++i], "%zu/%zu", &n_jobs, &i_job) == 2 && i_job >= 1 && i_job <= n_jobs) {
@@ -215,15 +230,16 @@ int main(int argc, char ** argv) {
         } else if (arg[0] != '-' && name == nullptr) {
             name = argv[i];
         } else {
-            fprintf(stderr, "usage: %s FILE [--stride N] [--truncations N] [--seed N] [--jobs N/I]\n", argv[0]);
+            fprintf(stderr, "usage: %s FILE [--stride N] [--truncations N] [--rewrites N] [--seed N] [--jobs N/I]\n", argv[0]);
             return 1;
         }
     }
 
     test_file file;
     std::vector<test_range> ranges;
-    size_t data_end = 0;
-    if (name == nullptr || !file.read(name) || !find_ranges(file.data, ranges, data_end)) {
+    size_t n_payloads = 0;
+    size_t data_end   = 0;
+    if (name == nullptr || !file.read(name) || !find_ranges(file.data, ranges, n_payloads, data_end)) {
         fprintf(stderr, "no GGUF with entropy-coded tensors: %s\n", name ? name : "(no file given)");
         return 1;
     }
@@ -236,7 +252,7 @@ int main(int argc, char ** argv) {
         return 1;
     }
     file.path = path;
-    if (!file.repair({ true, 0, 0, false, false })) {
+    if (!file.repair({ true, 0, 0, false, false, false })) {
         perror(path.c_str());
         return 1;
     }
@@ -244,14 +260,14 @@ int main(int argc, char ** argv) {
     std::mt19937 rng(seed);
     std::vector<test_case> cases;
     // the whole file, which must load (mask 0 damages nothing)
-    cases.push_back({ false, 0, 0, true,  false });
-    cases.push_back({ false, 0, 0, false, false });
+    cases.push_back({ false, 0, 0, true,  false, false });
+    cases.push_back({ false, 0, 0, false, false, false });
     const size_t n_whole = cases.size();
 
     const bool all = file.data.size() <= truncations;
     for (size_t i = 0; i < (all ? file.data.size() : truncations); i++) {
         const size_t at = all ? i : rng() % file.data.size();
-        cases.push_back({ true, at, 0, (rng() & 1) != 0, at < data_end });
+        cases.push_back({ true, at, 0, (rng() & 1) != 0, at < data_end, false });
     }
     if (stride == 0) {
         size_t n_sparse = 0;
@@ -263,9 +279,14 @@ int main(int argc, char ** argv) {
     for (const auto & range : ranges) {
         for (size_t at = range.begin; at < range.end; at += at < range.dense ? 1 : stride) {
             const bool mmap = (rng() & 1) != 0;
-            cases.push_back({ false, at, (uint8_t) (1 + rng() % 255),    mmap, false });
-            cases.push_back({ false, at, (uint8_t) (1u << (rng() % 8)), !mmap, false });
+            cases.push_back({ false, at, (uint8_t) (1 + rng() % 255),    mmap, false, false });
+            cases.push_back({ false, at, (uint8_t) (1u << (rng() % 8)), !mmap, false, false });
         }
+    }
+    for (size_t i = 0; i < rewrites; i++) {
+        const auto & range = ranges[ranges.size() - n_payloads + rng() % n_payloads];
+        const size_t end   = i % 4 == 0 ? range.end : range.begin + USED_HEADER;
+        cases.push_back({ false, range.begin + rng() % (end - range.begin), (uint8_t) (1 + rng() % 255), true, false, true });
     }
     if (n_jobs > 1) {
         std::vector<test_case> mine;
@@ -279,6 +300,7 @@ int main(int argc, char ** argv) {
 
     size_t n_loaded  = 0;
     size_t n_refused = 0;
+    size_t n_stopped = 0;
     size_t n_failed  = 0;
     for (size_t done = 0; done < cases.size();) {
         int fds[2];
@@ -312,8 +334,12 @@ int main(int argc, char ** argv) {
             return 1;
         }
         if (done < cases.size()) {
-            printf("%s: crash or hang (status 0x%x)\n", describe(cases[done]).c_str(), status);
-            n_failed++;
+            if (cases[done].late && WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT) {
+                n_stopped++;
+            } else {
+                printf("%s: crash or hang (status 0x%x)\n", describe(cases[done]).c_str(), status);
+                n_failed++;
+            }
             if (!file.repair(cases[done])) {
                 perror(path.c_str());
                 return 1;
@@ -327,7 +353,7 @@ int main(int argc, char ** argv) {
     }
     unlink(path.c_str());
 
-    printf("%zu refused, %zu loaded\n", n_refused, n_loaded);
+    printf("%zu refused, %zu loaded, %zu stopped\n", n_refused, n_loaded, n_stopped);
     printf("%zu passed, %zu failed\n", cases.size() - std::min(cases.size(), n_failed), n_failed);
     return n_failed == 0 ? 0 : 1;
 }

@@ -9,6 +9,7 @@
 
 #include "ggml-entropy-decode.h"
 #include "ggml-entropy-hash.h"
+#include "ggml-entropy-lanes.h"
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
@@ -73,6 +74,14 @@ static bool q4_1_min(float scale, float offset, uint16_t * m_bits) {
     return f16_is_finite(*m_bits) && GGML_FP16_TO_FP32(*m_bits) == m;
 }
 
+// The device layout has at most 15 bits a symbol. More than this is not what an encoder made, and would reserve memory for nothing (5.1).
+static uint64_t max_device_size(const struct ggml_entropy_header * h) {
+    const uint64_t n_rows  = h->n_rows;
+    const uint64_t n_tiles = (uint64_t) ceil_div(h->n_rows, GGML_ENTROPY_LANES) * (uint64_t) ceil_div(h->n_cols, h->tile_cols);
+    // header, table and alignment of sections; scales and offsets; of a tile its offset, its lane lengths, and what fills up words and its end
+    return 4096 + 6 * n_rows + n_tiles * (4 + GGML_ENTROPY_LANES + 4 * GGML_ENTROPY_LANES + 12) + 2 * n_rows * h->n_cols;
+}
+
 static enum ggml_entropy_status check_header(const struct ggml_entropy_header * h) {
     if (memcmp(h->magic, "EQT1", 4) == 0) {
         return GGML_ENTROPY_OLD_VERSION;
@@ -117,7 +126,7 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
     if (h->body_size % 8 != 0 || h->body_size > MAX_BODY || h->body_size < (uint64_t) count_groups(h->n_rows) * raw_size(h)) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
-    if (h->device_size % GGML_ENTROPY_ALIGN != 0 || h->device_size < 1024 || h->device_size > MAX_SLAB) {
+    if (h->device_size % GGML_ENTROPY_ALIGN != 0 || h->device_size < 1024 || h->device_size > MIN(MAX_SLAB, max_device_size(h))) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
     if (h->slab_size % GGML_ENTROPY_ALIGN != 0 || h->slab_size > MAX_SLAB
@@ -150,6 +159,20 @@ enum ggml_type ggml_entropy_plain_type(const struct ggml_entropy_header * h) {
         return has_offset ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
     }
     return has_offset ? GGML_TYPE_Q4_1 : GGML_TYPE_Q4_0;
+}
+
+bool ggml_entropy_fits_f16(const struct ggml_entropy_view * v) {
+    const float   low    = v->header.kind == GGML_ENTROPY_KIND_EQ8 ? -128.0f : -8.0f;
+    const float   high   = -1.0f - low;
+    const int64_t n_rows = v->scales || v->offsets ? v->header.n_rows : 1;
+    for (int64_t row = 0; row < n_rows; row++) {
+        const float scale  = GGML_FP16_TO_FP32(ggml_entropy_row_scale(v, row));
+        const float offset = ggml_entropy_row_offset(v, row);
+        if (!f16_is_finite(GGML_FP32_TO_FP16(scale * low + offset)) || !f16_is_finite(GGML_FP32_TO_FP16(scale * high + offset))) {
+            return false;
+        }
+    }
+    return true;
 }
 
 enum ggml_entropy_status ggml_entropy_open(const void * slab, size_t n_bytes, struct ggml_entropy_view * view) {

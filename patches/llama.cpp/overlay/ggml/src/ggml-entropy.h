@@ -142,6 +142,9 @@ GGML_API enum ggml_entropy_status ggml_entropy_check_header(
 // The stock type a tensor with this header decodes to (6.1).
 GGML_API enum ggml_type ggml_entropy_plain_type(const struct ggml_entropy_header * header);
 
+// Are the weights of all codes of the kind finite as f16, in every row of a validated slab? Nothing may decode it to F16 otherwise (6.1).
+GGML_API bool ggml_entropy_fits_f16(const struct ggml_entropy_view * view);
+
 // Header and pointers of one slab of n_bytes bytes. Checks what ggml_entropy_check_header checks, less the GGUF's shape.
 // slab must be 8-byte aligned (BAD_ARGUMENT otherwise).
 GGML_API enum ggml_entropy_status ggml_entropy_open(const void * slab, size_t n_bytes, struct ggml_entropy_view * view);

@@ -3,9 +3,10 @@
 // Ops with entropy-coded weights on CUDA devices.
 //
 // MUL_MAT with up to 8 columns and MUL_MAT_ID with up to 8 tokens decode inside of the mat-vec kernel. Larger batches decode once into a buffer
-// of a stock type and go on as that: MUL_MAT into F16, by the path that F16 weights take (bit-exact weights, whatever their offsets);
-// MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts columns by expert without asking the device; a small
-// kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices beyond go in chunks of rows.
+// of a stock type and go on as that: MUL_MAT into F16, by the path that F16 weights take (bit-exact weights, whatever their offsets: the model
+// loader refuses those beyond F16); MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts columns by expert
+// without asking the device; a small kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices
+// beyond go in chunks of rows.
 //
 // Three switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never);
 // GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID); and

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""What llama.cpp's loader refuses, each with one line that names the tensor, and numbers of types that are none."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from running import TOKENS, logits
+
+from entrollm_gguf import codec, codec_c
+from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.decode import decode_file
+
+FIRST_GAP, EQ8, TYPE_COUNT = 43, 500, 503  # of enum ggml_type: behind upstream's last type; ours; the count
+HEADER_OFFSET = 40  # of a slab: the offset of all weights
+
+
+@contextlib.contextmanager
+def log_lines():
+    """What llama.cpp logs meanwhile, line by line."""
+    import llama_cpp
+    from llama_cpp._logger import llama_log_callback as default
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level, text, _):
+        lines.append(text.decode(errors="replace").rstrip("\n"))
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(default, ctypes.c_void_p(0))
+
+
+def refusal(path: Path, monkeypatch, mode: str = "load", mmap: bool = True) -> str | None:
+    """Load a model: the reason for which it is refused, or None."""
+    import llama_cpp
+
+    monkeypatch.setenv("GGML_ENTROPY_MODE", mode)
+    params = llama_cpp.llama_model_default_params()
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0
+    with log_lines() as lines:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if model:
+        llama_cpp.llama_model_free(model)
+        return None
+    return next(line.partition("error loading model: ")[2] for line in lines if "error loading model: " in line)
+
+
+def coded(array: np.ndarray, name: str) -> np.ndarray:
+    """Payload of a float matrix or vector as EQ8, coarsely."""
+    scale = np.float16(np.abs(array).max() / 100)
+    codes = np.rint(array.reshape(-1, array.shape[-1]) / np.float32(scale)).astype(np.int8)
+    return codec.encode(EntropyType.EQ8, codes, np.array([scale]), name=name).payload
+
+
+def rewrite(source: Path, out: Path, recoded: tuple[str, ...] = (), alignment: int | None = None) -> Path:
+    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment: with one, the data begins 8 bytes behind a multiple of 32."""
+    reader = gguf.GGUFReader(source)
+    for n_padding in range(0, 256 if alignment else 1, 8):
+        writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+        for field in reader.fields.values():
+            if not field.name.startswith(("GGUF.", "general.architecture", "general.alignment")):
+                kind = field.types[0]
+                writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+        if alignment:
+            writer.add_custom_alignment(alignment)
+            writer.add_string("test.padding", " " * n_padding)
+        for tensor in reader.tensors:
+            if tensor.name in recoded:
+                payload = coded(tensor.data, tensor.name)
+                writer.add_tensor(tensor.name, payload, raw_shape=tensor.data.shape, raw_dtype=gguf.GGMLQuantizationType.EQ8)
+            else:
+                writer.add_tensor(tensor.name, tensor.data, raw_shape=tensor.raw_shape, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        if not alignment or gguf.GGUFReader(out).data_offset % 32 == 8:
+            return out
+    raise AssertionError("no padding gives that place")
+
+
+# ---- numbers of types ----------------------------------------------------------------------------------------------------------------
+
+
+def test_functions_of_ggml_take_every_number_below_the_count():
+    lib = codec_c.library()
+    lib.ggml_row_size.restype, lib.ggml_row_size.argtypes = ctypes.c_size_t, (ctypes.c_int, ctypes.c_int64)
+    lib.ggml_blck_size.restype = ctypes.c_int64
+    lib.ggml_type_size.restype = ctypes.c_size_t
+    lib.ggml_type_sizef.restype = ctypes.c_double
+    lib.ggml_type_name.restype = ctypes.c_char_p
+    lib.ggml_is_quantized.restype = lib.ggml_quantize_requires_imatrix.restype = lib.ggml_validate_row_data.restype = ctypes.c_bool
+    lib.ggml_validate_row_data.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    floats, out = np.ones(256, np.float32), np.empty(1024, np.uint8)
+    for number in range(TYPE_COUNT):
+        name, block = lib.ggml_type_name(number), lib.ggml_blck_size(number)
+        lib.ggml_type_sizef(number)
+        lib.ggml_is_quantized(number)
+        lib.ggml_quantize_requires_imatrix(number)
+        is_ours = name in (b"eq8", b"eq4")
+        assert (name is None) == (number >= FIRST_GAP and not is_ours)
+        assert (lib.ggml_row_size(number, 256) > 0) == (lib.ggml_type_size(number) > 0) == (block > 0)
+        if block == 0:
+            assert not lib.ggml_validate_row_data(number, out.ctypes.data, 0)
+        if block == 0 or is_ours:
+            assert lib.ggml_quantize_chunk(number, floats.ctypes.data, out.ctypes.data, 0, 1, 256, None) == 0
+
+
+def test_cache_types_that_are_none(converted):
+    """For every number: a context or none, and a line; upstream's own types that floats can be stored in give one."""
+    import llama_cpp
+
+    model = llama_cpp.llama_model_load_from_file(str(converted("llama", "EQ8-rows")).encode(), llama_cpp.llama_model_default_params())
+    taken: dict[str, set[int]] = {"type_k": set(), "type_v": set()}
+    with log_lines() as lines:
+        for key, numbers in taken.items():
+            for number in (-1, *range(TYPE_COUNT + 8)):
+                params = llama_cpp.llama_context_default_params()
+                params.n_ctx = params.n_batch = params.n_ubatch = 32
+                setattr(params, key, number)
+                lines.clear()
+                context = llama_cpp.llama_init_from_model(model, params)
+                if context:
+                    numbers.add(number)
+                    llama_cpp.llama_free(context)
+                elif number >= FIRST_GAP:
+                    assert any(f"type {number} cannot be a type of the KV cache" in line for line in lines)
+    llama_cpp.llama_model_free(model)
+    names = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1")  # kv_cache_types of common/arg.cpp
+    for numbers in taken.values():
+        assert {gguf.GGMLQuantizationType[name].value for name in names} <= numbers
+        assert max(numbers) < FIRST_GAP
+
+
+def test_quantizing_to_a_number_that_is_no_type(converted, tmp_path):
+    import llama_cpp
+
+    source = tmp_path / "plain.gguf"
+    decode_file(converted("llama", "EQ8-rows"), source)
+    for number in (FIRST_GAP + 4, EQ8):
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.token_embedding_type, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, number, True
+        with log_lines() as lines:
+            assert llama_cpp.llama_model_quantize(str(source).encode(), str(tmp_path / "q.gguf").encode(), params) != 0
+        assert any("token_embd.weight" in line for line in lines if "failed to quantize" in line)
+
+
+# ---- weights beyond f16 --------------------------------------------------------------------------------------------------------------
+
+
+def shift_one(source: Path, out: Path, offset: float) -> str:
+    """A copy in which all weights of the first matrix with an offset are moved; returns its name."""
+    data = bytearray(source.read_bytes())
+    for entry in open_model(source).tensors():
+        at = int(entry.reader_tensor.data_offset)
+        if entry.kind is EntropyType.EQ8 and entry.name.startswith("blk.") and data[at + 37] == 1:  # offset_mode
+            struct.pack_into("<f", data, at + HEADER_OFFSET, offset)
+            out.write_bytes(data)
+            return entry.name
+    raise AssertionError("no matrix with an offset")
+
+
+@pytest.mark.parametrize("offset, fits", [(65000.0, True), (-65000.0, True), (65600.0, False), (-70000.0, False), (1e30, False)])
+def test_weights_beyond_f16_are_not_decoded_to_it(converted, tmp_path, monkeypatch, offset, fits):
+    path = tmp_path / "large.gguf"
+    name = shift_one(converted("mistral", "EQ8-paper"), path, offset)
+    for mmap in (True, False):
+        reason = refusal(path, monkeypatch, "load", mmap)
+        assert (reason is None) == fits
+        assert fits or (f"tensor '{name}' of type eq8 has weights beyond the range of F16" in reason and "use mode fused" in reason)
+    assert refusal(path, monkeypatch, "fused") is None
+    if offset < 1e6:  # the products of larger ones leave the range of f32
+        assert np.isfinite(logits(path, kv_overrides={"entropy.mode": "fused"})).all()
+
+
+# ---- tensors that cannot be coded ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["load", "fused"])
+@pytest.mark.parametrize("name", ["blk.1.attn_norm.weight", "output_norm.weight"])
+def test_a_vector_that_is_coded_is_refused(converted, tmp_path, monkeypatch, name, mode):
+    path = rewrite(converted("mistral", "EQ8-rows"), tmp_path / "vector.gguf", recoded=(name,))
+    reason = refusal(path, monkeypatch, mode)
+    assert reason == (
+        f"tensor '{name}' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: convert the file again"
+    )
+
+
+def write_bert(path: Path) -> Path:
+    """A BERT of one layer, all F32, without a vocabulary."""
+    width, rng = 64, np.random.default_rng(5)
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_context_length(32)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(96)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.NONE)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(128)
+    writer.add_token_type_count(2)
+    matrices = {"token_embd": (128, width), "token_types": (2, width), "position_embd": (32, width)}
+    matrices |= {f"blk.0.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
+    matrices |= {"blk.0.ffn_up": (96, width), "blk.0.ffn_down": (width, 96)}
+    for name, shape in matrices.items():
+        writer.add_tensor(f"{name}.weight", (rng.standard_normal(shape) / shape[1] ** 0.5).astype(np.float32))
+    for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+        writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("mode", ["load", "fused"])
+def test_a_table_that_is_viewed_and_added_is_refused(tmp_path, monkeypatch, mode):
+    plain = write_bert(tmp_path / "plain.gguf")
+    assert refusal(plain, monkeypatch, mode) is None
+    fine = rewrite(plain, tmp_path / "fine.gguf", recoded=("position_embd.weight", "blk.0.ffn_up.weight"))
+    assert refusal(fine, monkeypatch, mode) is None
+    viewed = rewrite(plain, tmp_path / "viewed.gguf", recoded=("token_types.weight",))
+    assert "tensor 'token_types.weight' is entropy-coded" in refusal(viewed, monkeypatch, mode)
+
+
+# ---- alignment -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["load", "fused"])
+def test_an_alignment_that_cannot_be_mapped(converted, tmp_path, monkeypatch, mode):
+    source = converted("mistral", "EQ8-mixed")
+    path = rewrite(source, tmp_path / "aligned.gguf", alignment=8)
+    assert refusal(path, monkeypatch, mode, mmap=True).startswith("general.alignment is below 32, which mapping the file needs: use --load-mode none")
+    assert refusal(path, monkeypatch, mode, mmap=False) is None
+    override = {"entropy.mode": mode}
+    assert np.array_equal(logits(path, TOKENS, kv_overrides=override, use_mmap=False), logits(source, TOKENS, kv_overrides=override))
