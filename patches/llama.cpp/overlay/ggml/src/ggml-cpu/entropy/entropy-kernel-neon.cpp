@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Level neon: 64 weights at a time on aarch64, with byte look-ups (tbl) and dot products (sdot). It is there if the library is compiled for
-// the dot products of Armv8.2, as ggml's own kernels for Arm are.
+// Level neon: 64 weights at a time on aarch64, with byte look-ups (tbl) and, if the library is compiled for those of Armv8.2, dot products
+// (sdot).
 //
 // There is no pdep. Its place is taken by ranks: where bit i of a mask is set, its rank is the number of set bits below, and a tbl by ranks
 // deals out what stands side by side, one byte for each set bit, to the places of those bits. Ranks come eight at a time from a table of all
@@ -18,11 +18,12 @@
 // A mask of n bits is dealt out in registers of 16 bytes. Three sizes are compiled: for the few weights that most units have with a tail, for
 // twice as many, and for all, with windows of any length.
 //
-// Products: lanes are rows; sdot multiplies four columns of 4 rows with four activations out of 16 in a register.
+// Products: lanes are rows; sdot multiplies four columns of 4 rows with four activations out of 16 in a register. Without it products of 16
+// bits are added up by pairs.
 
 #include "entropy-kernel.h"
 
-#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#if defined(__aarch64__) && defined(__ARM_NEON)
 
 #include <arm_neon.h>
 
@@ -144,6 +145,14 @@ INLINE bytes<N> add(const bytes<N> & a, const bytes<N> & b) {
     return sum;
 }
 
+template <int N>
+INLINE bytes<N> add_one(bytes<N> a) {
+    for (uint8x16_t & part : a.part) {
+        part = vaddq_u8(part, vdupq_n_u8(1));
+    }
+    return a;
+}
+
 // The bit planes of a unit's tail, side by side as they stand. The first digit has a window of its own, since where the second one starts is known
 // early. SLOW takes every plane from memory: for the few units whose tail is longer.
 template <bool SLOW>
@@ -231,7 +240,7 @@ struct tail_1_1_2_2 {
     template <int N>
     INLINE bytes<std::min(2*N, 4)> classes() const {
         const bytes<N> from_2 = add(digits<N>(1, c, d), deal_out<N>(on, digits<N>(0, e, f)));
-        const bytes<N> from_1 = add(digits<N>(1, 0, 0), deal_out<N>(b, from_2));
+        const bytes<N> from_1 = add_one(deal_out<N>(b, from_2));
         return deal_out<std::min(2*N, 4)>(a, from_1);
     }
 };
@@ -379,13 +388,29 @@ void decode_units(const ggml_entropy_code * code, ggml_entropy_stream * s, int n
 
 // ---- products ----------------------------------------------------------------------------------------------------------------------
 
+// Adds the products of four columns of 4 rows with activations 4*LANE to 4*LANE + 3.
+#ifdef __ARM_FEATURE_DOTPROD
+template <int LANE>
+INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x) {
+    return vdotq_laneq_s32(sum, w, x, LANE);
+}
+#else
+template <int LANE>
+INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x) {
+    const int8x16_t four = vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(x), LANE));
+    const int16x8_t low  = vmull_s8(vget_low_s8(w), vget_low_s8(four));
+    const int16x8_t high = vmull_high_s8(w, four);
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+
 // Adds the products of a unit with activations 4*LANE to 4*LANE + 3 of the 16 of each of N columns.
 template <int LANE, int N>
 INLINE void add_unit(const int8_t * unit, const int8x16_t x[N], int32x4_t sum[N][4]) {
     for (int part = 0; part < 4; part++) {
         const int8x16_t w = vld1q_s8(unit + 16*part);
         for (int i = 0; i < N; i++) {
-            sum[i][part] = vdotq_laneq_s32(sum[i][part], w, x[i], LANE);
+            sum[i][part] = dot<LANE>(sum[i][part], w, x[i]);
         }
     }
 }
