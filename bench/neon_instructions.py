@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT / "tests" / "neon"))
 
 from run import LEVELS, OPTIONS, TRIPLE, WORK, build  # noqa: E402
 
-_SHAPE = (512, 2048)
-_COLUMNS = (1, 8, 512)
+_SHAPE = (512, 1024)
+_COLUMNS = (1, 8, 128)
 # distribution and standard deviation of codes: entropies of 4.5 and 7.25 bits, and one where more than half of the weights have a tail
 _CODES = (("gaussian", 5.5), ("gaussian", 37.0), ("laplace", 9.6))
 

@@ -310,7 +310,11 @@ __attribute__((noinline, cold)) uint64_t finish_slow(
     const counted open(mask);
     tail_reader<true> w(s->tail, pos, open.n());
     const TAIL tail(w, open.n());
-    finish<4>(open, tail, r, addends, s, out);
+    if (tail.n_on() <= 32) {
+        finish<2>(open, tail, r, addends, s, out);
+    } else {
+        finish<4>(open, tail, r, addends, s, out);
+    }
     return w.pos;
 }
 
