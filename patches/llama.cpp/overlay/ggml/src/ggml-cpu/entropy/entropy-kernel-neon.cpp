@@ -18,8 +18,7 @@
 // A mask of n bits is dealt out in registers of 16 bytes. Three sizes are compiled: for the few weights that most units have with a tail, for
 // twice as many, and for all, with windows of any length.
 //
-// Products: lanes are rows; sdot multiplies four columns of 4 rows with four activations out of 16 in a register. Without it products of 16
-// bits are added up by pairs.
+// Products are in entropy-kernel-neon-products.h.
 
 #include "entropy-kernel.h"
 
@@ -32,10 +31,10 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+#include "entropy-kernel-neon-products.h"
+
 namespace {
 
-constexpr int UNIT  = GGML_ENTROPY_UNIT;
-constexpr int ROWS  = GGML_ENTROPY_GROUP_ROWS;
 constexpr int CLAMP = GGML_ENTROPY_CLAMP_UNITS;
 
 // Bits of a window that are there wherever in its first byte it starts.
@@ -114,13 +113,13 @@ INLINE uint8x16_t look_up(const bytes<4> & table, uint8x16_t index) {
     return vqtbl4q_u8({ { table.part[0], table.part[1], table.part[2], table.part[3] } }, index);
 }
 
-// The next of `from` at every set bit, 0 elsewhere.
+// start + the next of `from` at every set bit, start elsewhere.
 template <int N, int M>
-INLINE bytes<N> deal_out(const counted & to, const bytes<M> & from) {
+INLINE bytes<N> deal_out(const counted & to, const bytes<M> & from, int start = 0) {
     bytes<N> out;
     for (int i = 0; i < N; i++) {
         const uint8x16_t ranks = vcombine_u8(vld1_u8(RANKS.of[to.mask >> 16*i & 255]), vld1_u8(RANKS.of[to.mask >> (16*i + 8) & 255]));
-        out.part[i] = look_up(from, vaddq_u8(ranks, repeat(to.until << 8, i)));
+        out.part[i] = vaddq_u8(look_up(from, vaddq_u8(ranks, repeat(to.until << 8, i))), vdupq_n_u8((uint8_t) start));
     }
     return out;
 }
@@ -143,14 +142,6 @@ INLINE bytes<N> add(const bytes<N> & a, const bytes<N> & b) {
         sum.part[i] = vaddq_u8(a.part[i], b.part[i]);
     }
     return sum;
-}
-
-template <int N>
-INLINE bytes<N> add_one(bytes<N> a) {
-    for (uint8x16_t & part : a.part) {
-        part = vaddq_u8(part, vdupq_n_u8(1));
-    }
-    return a;
 }
 
 // The bit planes of a unit's tail, side by side as they stand. The first digit has a window of its own, since where the second one starts is known
@@ -240,7 +231,7 @@ struct tail_1_1_2_2 {
     template <int N>
     INLINE bytes<std::min(2*N, 4)> classes() const {
         const bytes<N> from_2 = add(digits<N>(1, c, d), deal_out<N>(on, digits<N>(0, e, f)));
-        const bytes<N> from_1 = add_one(deal_out<N>(b, from_2));
+        const bytes<N> from_1 = deal_out<N>(b, from_2, 1);
         return deal_out<std::min(2*N, 4)>(a, from_1);
     }
 };
@@ -387,80 +378,6 @@ void decode_units(const ggml_entropy_code * code, ggml_entropy_stream * s, int n
         case 0:  return decode_bytes(code, s, n_units, out);
         case 1:  return decode_by_raw_bits<tail_2_2>(code, s, n_units, out);
         default: return decode_by_raw_bits<tail_1_1_2_2>(code, s, n_units, out);
-    }
-}
-
-// ---- products ----------------------------------------------------------------------------------------------------------------------
-
-// Adds the products of four columns of 4 rows with activations 4*LANE to 4*LANE + 3.
-#ifdef __ARM_FEATURE_DOTPROD
-template <int LANE>
-INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x) {
-    return vdotq_laneq_s32(sum, w, x, LANE);
-}
-#else
-template <int LANE>
-INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x) {
-    const int8x16_t four = vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(x), LANE));
-    const int16x8_t low  = vmull_s8(vget_low_s8(w), vget_low_s8(four));
-    const int16x8_t high = vmull_high_s8(w, four);
-    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-}
-#endif
-
-// Adds the products of a unit with activations 4*LANE to 4*LANE + 3 of the 16 of each of N columns.
-template <int LANE, int N>
-INLINE void add_unit(const int8_t * unit, const int8x16_t x[N], int32x4_t sum[N][4]) {
-    for (int part = 0; part < 4; part++) {
-        const int8x16_t w = vld1q_s8(unit + 16*part);
-        for (int i = 0; i < N; i++) {
-            sum[i][part] = dot<LANE>(sum[i][part], w, x[i]);
-        }
-    }
-}
-
-// N columns at a time: their integer sums of a block are 4*N registers.
-template <int N>
-void multiply_columns(
-        const int8_t * units, int n_blocks, int64_t first, const ggml_entropy_columns & columns, const int32_t * index, float (* sums)[ROWS]) {
-    const int8_t * x[N];
-    const float  * d[N];
-    for (int i = 0; i < N; i++) {
-        x[i] = columns.q + index[i]*columns.n_cols + first;
-        d[i] = columns.d + index[i]*(columns.n_cols/32) + first/32;
-    }
-    for (int block = 0; block < n_blocks; block++) {
-        int32x4_t sum[N][4] = {};
-        for (int half = 0; half < 2; half++, units += 4*UNIT) {
-            int8x16_t x16[N];
-            for (int i = 0; i < N; i++) {
-                x16[i] = vld1q_s8(x[i] + 32*block + 16*half);
-            }
-            add_unit<0, N>(units,          x16, sum);
-            add_unit<1, N>(units + UNIT,   x16, sum);
-            add_unit<2, N>(units + 2*UNIT, x16, sum);
-            add_unit<3, N>(units + 3*UNIT, x16, sum);
-        }
-        for (int i = 0; i < N; i++) {
-            for (int part = 0; part < 4; part++) {
-                float * to = sums[i] + 4*part;
-                vst1q_f32(to, vfmaq_n_f32(vld1q_f32(to), vcvtq_f32_s32(sum[i][part]), d[i][block]));
-            }
-        }
-    }
-}
-
-void multiply(
-        const int8_t * units, int n_units, int64_t first, const ggml_entropy_columns & columns, const int32_t * index, int n, float (* sums)[ROWS]) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) {
-        multiply_columns<4>(units, n_units/8, first, columns, index + i, sums + i);
-    }
-    switch (n - i) {
-        case 3: return multiply_columns<3>(units, n_units/8, first, columns, index + i, sums + i);
-        case 2: return multiply_columns<2>(units, n_units/8, first, columns, index + i, sums + i);
-        case 1: return multiply_columns<1>(units, n_units/8, first, columns, index + i, sums + i);
-        default: return;
     }
 }
 
