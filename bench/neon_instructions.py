@@ -87,7 +87,10 @@ def measure(folder: Path) -> list[dict]:
             }
             rows.append(row)
             per = ", ".join(f"{level} {count:.3f}" for level, count in row["instructions_per_product"].items())
-            print(f"{distribution} {row['entropy']:.2f} bits, {n_columns:3} columns, instructions a product: {per}; generic / neon {row['generic_over_neon']:.2f}", flush=True)
+            print(
+                f"{distribution} {row['entropy']:.2f} bits, {n_columns:3} columns, instructions a product: {per}; generic / neon {row['generic_over_neon']:.2f}",
+                flush=True,
+            )
     return rows
 
 
@@ -97,7 +100,8 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder))
     compiler, emulator = (
-        subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()[0] for program in (f"{TRIPLE}-g++", "qemu-aarch64")
+        subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        for program in (f"{TRIPLE}-g++", "qemu-aarch64")
     )
     report = {
         "command": "python bench/neon_instructions.py OUT.json",

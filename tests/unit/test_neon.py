@@ -40,7 +40,9 @@ def test_codes_and_products(tmp_path, target):
         f"-I{ROOT / 'tests'}",
         str(ROOT / "tests" / "neon" / "neon.cpp"),
     ]
-    built = subprocess.run([*command, str(kernels / "entropy-kernel-ref.cpp"), "-o", str(tmp_path / "neon")], capture_output=True, text=True)
+    built = subprocess.run(
+        [*command, str(kernels / "entropy-kernel-ref.cpp"), "-o", str(tmp_path / "neon")], capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr[-2000:]
     said = subprocess.run([*runner, tmp_path / "neon"], capture_output=True, text=True).stdout
     assert said.splitlines()[-1].endswith(" checks, 0 wrong"), said
