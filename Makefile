@@ -44,7 +44,7 @@ test-asan: runtime ## codec, ops and loader under AddressSanitizer and UBSan; a 
 test-tsan: runtime ## ops with several threads, under ThreadSanitizer
 	bash tests/sanitizers/run.sh $(BIN) thread
 
-test-neon: runtime ## codec and CPU ops for aarch64, cross-compiled, under qemu-user (no NEON kernels yet: the portable ones)
+test-neon: runtime ## codec and CPU ops for aarch64 at every kernel level, neon first, cross-compiled, under qemu-user
 	$(BIN)/python tests/neon/run.py
 
 test-upstream: runtime ## all of upstream's test-backend-ops on the CPU; a quarter of an hour, so no part of `test` and CI; build/test-upstream.log

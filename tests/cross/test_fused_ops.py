@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -53,11 +54,11 @@ def run(case_file, level: str, *threads: int) -> tuple[str, np.ndarray]:
     return result.stdout, np.fromfile(out, np.float32)
 
 
-@pytest.mark.parametrize("level, threads", [("ref", (1, 2)), ("generic", (1, 2, 3, 4, 8)), ("avx2", (1, 2, 3, 4, 8))])
-def test_every_level_against_numpy(made, case_file, level, threads):
+@pytest.mark.parametrize("level", ["ref", "generic", "avx2", "avx512", "neon"])
+def test_every_level_against_numpy(made, case_file, level):
     if level not in levels():
         pytest.skip(f"level {level} cannot run here")
-    said, results = run(case_file, level, *threads)
+    said, results = run(case_file, level, *((1, 2) if level == "ref" else (1, 2, 3, 4, 8)))
     assert said.startswith(f"kernel {level}, {len(made)} cases")
     at = 0
     for one in made:
@@ -72,7 +73,7 @@ def test_every_level_against_numpy(made, case_file, level, threads):
 
 
 def test_levels_are_as_they_should_be():
-    """The list above is all there is, and a fast level goes where the processor can."""
+    """The list above is all there is, and a fast level is there where the processor can."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file() or "ENTROLLM_OPS_COMMAND" in os.environ:
         pytest.skip("what the processor can is not known here")
@@ -81,7 +82,8 @@ def test_levels_are_as_they_should_be():
     # AMD before Zen 3 (family 25) has pdep in microcode
     family = re.search(r"cpu family\s*: (\d+)", text)
     fast = fast and "HygonGenuine" not in text and not ("AuthenticAMD" in text and int(family[1]) < 25)
-    assert levels() == [*["avx2"] * fast, "generic", "ref"]
+    wide = fast and all(re.search(rf"\b{flag}\b", text) for flag in ("avx512f", "avx512bw"))
+    assert levels() == [*["avx512"] * wide, *["avx2"] * fast, *["neon"] * (platform.machine() == "aarch64"), "generic", "ref"]
 
 
 def test_any_bits_mean_the_same_at_every_level(made, tmp_path):

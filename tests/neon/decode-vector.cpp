@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT
 //
-// Decodes one golden vector with the C codec and compares: decode-vector EQ8|EQ4 N_COLS N_ROWS N_SLABS NAME PAYLOAD CODES.
+// Decodes one golden vector with the C codec and with every kernel level, and compares: decode-vector EQ8|EQ4 N_COLS N_ROWS N_SLABS NAME PAYLOAD CODES.
 // NAME is the tensor's, which the hash takes in. A program of its own because Python's binding does not run where the target's processor is
 // emulated.
 
 #include "ggml-entropy.h"
+#include "ggml-cpu/entropy/entropy-kernel.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <sstream>
+#include <string>
 #include <vector>
 
 static std::vector<char> read(const char * path) {
@@ -36,6 +40,29 @@ static ggml_entropy_status decode(const char * slab, size_t slab_size, const cha
         status = ggml_entropy_decode_groups(&view, 0, view.n_groups, codes);
     }
     return status;
+}
+
+// The codes of a valid slab by a kernel level.
+static void decode(const ggml_entropy_kernel & kernel, const char * slab, size_t slab_size, int8_t * codes) {
+    ggml_entropy_view view;
+    ggml_entropy_open(slab, slab_size, &view);
+    const int64_t n_cols = view.header.n_cols;
+    alignas(64) int8_t units[GGML_ENTROPY_MAX_UNITS*GGML_ENTROPY_UNIT];
+    for (int64_t group = 0; group < view.n_groups; group++) {
+        ggml_entropy_stream stream;
+        ggml_entropy_stream_open(&view, group, &stream);
+        for (int64_t unit = 0; unit < n_cols/4; unit += GGML_ENTROPY_MAX_UNITS) {
+            const int n_units = (int) std::min<int64_t>(GGML_ENTROPY_MAX_UNITS, n_cols/4 - unit);
+            kernel.decode(&view.header.code, &stream, n_units, units);
+            for (int i = 0; i < n_units*GGML_ENTROPY_UNIT; i++) {
+                const int64_t row = GGML_ENTROPY_GROUP_ROWS*group + i % GGML_ENTROPY_UNIT/4;
+                const int64_t col = 4*(unit + i/GGML_ENTROPY_UNIT) + i % 4;
+                if (row < view.header.n_rows) {
+                    codes[row*n_cols + col] = units[i];
+                }
+            }
+        }
+    }
 }
 
 int main(int argc, char ** argv) {
@@ -67,6 +94,16 @@ int main(int argc, char ** argv) {
     if (memcmp(codes.data(), expected.data(), codes.size()) != 0) {
         fprintf(stderr, "%s: other codes than %s\n", argv[6], argv[7]);
         return 1;
+    }
+    std::istringstream levels(ggml_entropy_kernel_names());
+    for (std::string level; levels >> level;) {
+        for (int64_t i = 0; i < ne[2]; i++) {
+            decode(*ggml_entropy_kernel_find(level.c_str()), payload.data() + i*slab_size, slab_size, codes.data() + i*ne[0]*ne[1]);
+        }
+        if (memcmp(codes.data(), expected.data(), codes.size()) != 0) {
+            fprintf(stderr, "%s: other codes than %s at kernel level %s\n", argv[6], argv[7], level.c_str());
+            return 1;
+        }
     }
     return 0;
 }

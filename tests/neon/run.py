@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Codec and CPU ops for aarch64, cross-compiled and run under qemu-user: `python tests/neon/run.py` (`make test-neon`).
 
-There are no NEON kernels yet. What runs is the portable C decoder on the golden vectors, and MUL_MAT, MUL_MAT_ID and GET_ROWS at every
-kernel level against numpy, with the portable products. The tests are those of x86: test_fused_ops.py takes the program
-that ENTROLLM_OPS_COMMAND names.
+The golden vectors go through the portable C decoder and through that of every kernel level, neon first; MUL_MAT, MUL_MAT_ID and GET_ROWS run at every
+level against numpy. The tests are those of x86: test_fused_ops.py takes the program that ENTROLLM_OPS_COMMAND names.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ PACKAGES = {
     f"{TRIPLE}-g++": "g++-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
 }
+LEVELS = ["neon", "generic", "ref"]
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "CMAKE_SYSTEM_NAME": "Linux",
@@ -71,10 +71,10 @@ def build() -> Path:
     assert cmake, "comes with the Python environment"
     run(cmake, "-S", WORK / "tree", "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_program('ninja')}", *definitions)
     run(cmake, "--build", folder, "--target", "test-entropy-ops")
-    base = next(folder.rglob("libggml-base.a"))
+    libraries = [next(folder.rglob(f"libggml-{part}.a")) for part in ("cpu", "base")]
     headers = [f"-I{WORK / 'tree' / 'ggml' / part}" for part in ("include", "src")]
     source, out = TESTS / "neon" / "decode-vector.cpp", folder / "bin" / "decode-vector"
-    run(f"{TRIPLE}-g++", "-std=c++17", "-O2", "-Wall", "-static", *headers, source, base, "-lm", "-o", out)
+    run(f"{TRIPLE}-g++", "-std=c++17", "-O2", "-Wall", "-static", *headers, source, *libraries, "-lm", "-o", out)
     return folder / "bin"
 
 
@@ -85,16 +85,19 @@ def main() -> None:
         sys.exit(f"test-neon: apt-get install {' '.join(missing)}")
     WORK.mkdir(parents=True, exist_ok=True)
     programs = build()
+    ops = ["qemu-aarch64", str(programs / "test-entropy-ops")]
+    levels = subprocess.run([*ops, "--levels"], capture_output=True, text=True, check=True).stdout.split()
+    if levels != LEVELS:
+        sys.exit(f"test-neon: the build has the kernel levels {' '.join(levels)}, not {' '.join(LEVELS)}")
     vectors = json.loads((TESTS / "vectors" / "index.json").read_text())
     for vector in vectors:
         n_slabs, n_rows, n_cols = (1, *vector["shape"])[-3:]
         files = [TESTS / "vectors" / f"{vector['name']}.{ending}" for ending in ("payload", "codes")]
         arguments = [vector["type"], str(n_cols), str(n_rows), str(n_slabs), vector["name"], *files]
         run("qemu-aarch64", programs / "decode-vector", *arguments)
-    print(f"test-neon: {len(vectors)} golden vectors decoded bit-exactly")
-    command = shlex.join(["qemu-aarch64", str(programs / "test-entropy-ops")])
+    print(f"test-neon: {len(vectors)} golden vectors decoded bit-exactly at {len(levels)} levels")
     test = TESTS / "cross" / "test_fused_ops.py"
-    run(sys.executable, "-m", "pytest", "-q", test, cwd=TESTS.parent, env={**os.environ, "ENTROLLM_OPS_COMMAND": command})
+    run(sys.executable, "-m", "pytest", "-q", test, cwd=TESTS.parent, env={**os.environ, "ENTROLLM_OPS_COMMAND": shlex.join(ops)})
     print("test-neon: passed")
 
 

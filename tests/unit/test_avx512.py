@@ -43,6 +43,7 @@ def test_codes_and_products(tmp_path):
         *options,
         f"-I{ggml / 'include'}",
         f"-I{ggml / 'src'}",
+        f"-I{ROOT / 'tests'}",
         str(ROOT / "tests" / "avx512" / "avx512.cpp"),
     ]
     built = subprocess.run(

@@ -23,6 +23,9 @@ static const std::vector<ggml_entropy_kernel> & kernels() {
         if (ggml_entropy_kernel_avx2(&special)) {
             usable.push_back(special);
         }
+        if (ggml_entropy_kernel_neon(&special)) {
+            usable.push_back(special);
+        }
         usable.push_back(ggml_entropy_kernel_generic());
         usable.push_back(ggml_entropy_kernel_ref());
         return usable;

@@ -6,6 +6,7 @@
 //     generic  portable C: the codec's decoder (ggml-entropy-decode.h), and loops for the compiler to vectorise
 //     avx512   the same in registers of 64 bytes, with VNNI where it is there
 //     avx2     64 weights at a time by pdep and byte shuffles; only there if the processor can, and pdep is not microcoded
+//     neon     64 weights at a time by byte look-ups, on aarch64, with dot products if the library is compiled for them
 //
 // A level is a row of the table in entropy-kernel.cpp, best first. GGML_ENTROPY_KERNEL in the environment forces one by name; test
 // backends that ask for ggml's reference implementation get ref.
@@ -59,3 +60,4 @@ ggml_entropy_kernel ggml_entropy_kernel_generic();
 // These are not for every processor: false, and nothing written, where they cannot run.
 bool ggml_entropy_kernel_avx512(ggml_entropy_kernel * kernel);
 bool ggml_entropy_kernel_avx2(ggml_entropy_kernel * kernel);
+bool ggml_entropy_kernel_neon(ggml_entropy_kernel * kernel);
