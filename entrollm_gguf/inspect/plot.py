@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from entrollm_gguf.codec import Code, Payload
+from entrollm_gguf.console import printable
 from entrollm_gguf.errors import FormatError
 from entrollm_gguf.gguf_io.output import atomic_output
 from entrollm_gguf.gguf_io.reader import open_model
@@ -44,7 +45,8 @@ def plot_file(report: FileReport, path: str | Path, *, tensor: str | None = None
 
     figure = Figure(figsize=(11, 9), layout="constrained")
     above, below = figure.subplots(2, 1)
-    figure.suptitle(f"{Path(report.path).name}" + (f", recipe {report.recipe}" if report.recipe else ""))
+    title = Path(report.path).name + (f", recipe {report.recipe}" if report.recipe else "")
+    figure.suptitle(printable(title), parse_math=False)  # a dollar sign in a name is no formula, here and below
     _draw_layers(above, coded)
     _draw_codes(below, report, tensor)
     with atomic_output(path, force) as temporary:
@@ -67,7 +69,7 @@ def _draw_layers(axes, coded: list[TensorReport]) -> None:
         return float(np.average([getattr(t, what) for t in tensors], weights=weights))
 
     numbers = sorted(layers)
-    labels = [str(n) for n in numbers] + [t.name.removesuffix(".weight") for t in outside]
+    labels = [str(n) for n in numbers] + [printable(t.name.removesuffix(".weight")) for t in outside]
     groups = [layers[n] for n in numbers] + [[t] for t in outside]
     x = np.arange(len(groups))
     for i, group in enumerate(groups):
@@ -78,7 +80,7 @@ def _draw_layers(axes, coded: list[TensorReport]) -> None:
     axes.plot(x, [mean(g, "entropy") for g in groups], "s--", color="tab:orange", ms=4, label="entropy")
     step = max(1, len(numbers) // 24)
     shown = [i for i in x if i >= len(numbers) or i % step == 0]
-    axes.set_xticks(shown, [labels[i] for i in shown], rotation=30 if outside else 0, ha="right" if outside else "center")
+    axes.set_xticks(shown, [labels[i] for i in shown], rotation=30 if outside else 0, ha="right" if outside else "center", parse_math=False)
     axes.set_xlabel("layer")
     axes.set_ylabel("bits per weight")
     axes.set_ylim(bottom=0)
@@ -111,7 +113,7 @@ def _draw_codes(axes, report: FileReport, name: str) -> None:
     right.set_ylim(0, 25)  # 7 raw bits, 6 of the tail and 8 are 21; the rest is for the legend
     right.legend(loc="upper center", ncols=2)
     of_stack = f", matrix 0 of {payload.header.n_slabs}" if payload.header.n_slabs > 1 else ""
-    axes.set_title(f"Codes of {name}{of_stack}: {_described(code, counts)}")
+    axes.set_title(f"Codes of {printable(name)}{of_stack}: {_described(code, counts)}", parse_math=False)
 
 
 def _described(code: Code, counts: np.ndarray) -> str:
