@@ -177,10 +177,14 @@ def report(
     stems = [path.stem for path in paths]
     names = {path: path.stem if stems.count(path.stem) == 1 else str(path) for path in paths}
     console = output_console()
-    reports = {names[path]: inspect_file(path, threads=threads) for path in paths}
+    say = _say(console)
+    reports = {}
+    for path in paths:
+        say(f"reading {path}")
+        reports[names[path]] = inspect_file(path, threads=threads)
     rows = compare(
         reports, reference=names[reference] if reference else None, text=text, context=context, chunks=chunks,
-        speed_rounds=2 if speed else 0, threads=threads, say=_say(console),
+        speed_rounds=2 if speed else 0, threads=threads, say=say,
     )  # fmt: skip
     title = "GGUF files compared" + (f" on {'all' if chunks is None else f'{chunks} x {context} tokens'} of {text.name}" if text else "")
     write_report(out, rows, reports, title=title, environment=environment(), force=force)
