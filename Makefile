@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 FUZZ_MINUTES ?= 5
 PART ?= 4/1
 
-.PHONY: help venv runtime demo test test-asan test-tsan test-neon test-upstream fuzz
+.PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream fuzz
 .PHONY: bench-micro bench-e2e bench-memory bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
@@ -32,8 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 runtime: $(STAMP) ## build (or take from the cache) and install the patched llama.cpp
 	$(BIN)/entrollm runtime build
 
-demo: runtime ## a real model through all recipes, compared with stock types, and a chat; files in build/demo
+demo: runtime ## a real model compared with stock types, a question, an HTML report; files in build/demo
 	$(BIN)/entrollm demo --out build/demo
+
+demo-full: runtime ## the same with all recipes, a longer calibration and more text
+	$(BIN)/entrollm demo --full --out build/demo
 
 test: runtime lint ## all tests of the default tier
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder

@@ -25,7 +25,8 @@ _COMMANDS = {
     "verify": ("entrollm_gguf.inspect.cli:verify", "Check that a GGUF is whole and intact."),
     "chat": ("entrollm_gguf.eval.cli:chat", "Chat with a GGUF."),
     "perplexity": ("entrollm_gguf.eval.cli:perplexity", "Measure perplexity and KL divergence on a text."),
-    "demo": ("entrollm_gguf.eval.cli:demo", "Convert a real model with every recipe and compare it with stock types."),
+    "demo": ("entrollm_gguf.eval.cli:demo", "Convert a real model, compare it with stock types, and ask it a question."),
+    "report": ("entrollm_gguf.eval.cli:report", "Compare GGUF files in an HTML report."),
 }
 
 

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""`entrollm chat`, `entrollm perplexity` and `entrollm demo`."""
+"""`entrollm chat`, `entrollm perplexity`, `entrollm demo` and `entrollm report`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from entrollm_gguf.console import output_console, printable
 from entrollm_gguf.errors import ToolError
 
 if TYPE_CHECKING:
-    from entrollm_gguf.eval.demo import DemoResult
+    from entrollm_gguf.eval.compare import Row
 
 
 @click.command(
@@ -107,64 +112,99 @@ def perplexity(
 
 
 @click.command(epilog="\b\nExample:\n  entrollm demo --out build/demo\n")
-@click.option("--out", default="build/demo", show_default=True, type=click.Path(path_type=Path), help="Folder for models and results.json.")
+@click.option("--out", default="build/demo", show_default=True, type=click.Path(path_type=Path), help="Folder for models, results.json, report.html.")
+@click.option("--full", is_flag=True, help="Every recipe, a long calibration, more chunks: takes three times as long.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text for perplexity; Python's language reference by default.")
-@click.option("--chunks", default=16, show_default=True, type=click.IntRange(min=2), help="Chunks of 512 tokens to score.")
+@click.option("--chunks", type=click.IntRange(min=2), help="Chunks of 512 tokens to score; 8 by default, 16 with --full.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-def demo(out: Path, text: Path | None, chunks: int, threads: int | None) -> None:
-    """Convert a real model with every recipe and compare it with stock types.
+def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: int | None) -> None:
+    """Convert a real model and compare it with stock types.
 
-    Fetches SmolLM2-135M-Instruct (92 MB, once), converts it, measures size, perplexity, KL divergence and speed beside F16, Q8_0 and Q4_K_M,
-    and asks it a question.
+    Fetches SmolLM2-135M-Instruct (92 MB, once), converts it, measures size, KL divergence, speed and memory beside F16, Q8_0 and Q4_K_M, asks
+    it a question, and writes all that to an HTML report.
     """
     logging.disable(logging.WARNING)
-    from entrollm_gguf.eval.demo import run_demo
+    from entrollm_gguf.eval.demo import demo_notes, demo_title, run_demo
 
     console = output_console()
-    result = run_demo(out, text=text, chunks=chunks, threads=threads, say=lambda line: console.print(line, highlight=False))
-    console.print(demo_table(result))
-    console.print(
-        "Q4_K_M: rows of 576 are no multiple of 256, so llama-quantize falls back to Q5_0, Q8_0 and the like for them. The model came as Q4_1: "
-        "its weights lie near a 4-bit block grid by birth.",
-        style="dim",
-    )
+    result = run_demo(out, full=full, text=text, chunks=chunks, threads=threads, say=_say(console))
+    _print_comparison(console, result.rows, demo_title(result), demo_notes(result))
     console.print(f"\n{result.question}", style="bold")
-    console.print(printable(result.answer, keep="\n\t"), highlight=False)
-    console.print(f"\nfiles and results.json: {out}", highlight=False)
-
-
-def demo_table(result: DemoResult) -> Table:
-    """The comparison as a table."""
-    table = Table(title=f"SmolLM2-135M-Instruct, {result.chunks} x {result.context} tokens of {result.text}")
-    table.add_column("type")
-    for heading in (
-        "MB",
-        "bits/\nweight",
-        "coded\nbits",
-        "entropy",
-        "perplexity",
-        "KLD",
-        "same\ntop %",
-        "prompt\ntok/s",
-        "gen\ntok/s",
-        "fused\nprompt",
-        "fused\ngen",
+    for name, answer in result.answers.items():
+        console.print(f"{name:>6}: {printable(answer, keep=chr(10))}", highlight=False)
+    model, command = out / "EQ8.gguf", "entrollm" if shutil.which("entrollm") else sys.argv[0]
+    server = Path(command).with_name("llama-server")
+    console.print("\nNext:", style="bold")
+    for line, purpose in (
+        (f"{out / 'report.html'}", "open it in a browser: the figures with pictures"),
+        (f"{command} chat {model}", "go on asking"),
+        (f"GGML_ENTROPY_MODE=fused {server} -m {model}", "serve it, compressed in memory"),
+        (f"{command} convert HF_DIR my.gguf", "a model of your own"),
     ):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        p = row.perplexity
-        table.add_row(
-            row.name,
-            f"{row.file_bytes / 1e6:.1f}",
-            f"{row.bits_per_weight:.2f}",
-            "" if row.coded_bits_per_weight is None else f"{row.coded_bits_per_weight:.3f}",
-            "" if row.entropy is None else f"{row.entropy:.3f}",
-            f"{p.ppl:.3f}" if p.ppl < 1e5 else f"{p.ppl:.1e}",
-            "" if p.kld_mean is None else f"{p.kld_mean:.4f}",
-            "" if p.same_top_percent is None else f"{p.same_top_percent:.1f}",
-            f"{row.speed.prompt:.0f}",
-            f"{row.speed.generation:.1f}",
-            "" if row.fused_speed is None else f"{row.fused_speed.prompt:.0f}",
-            "" if row.fused_speed is None else f"{row.fused_speed.generation:.1f}",
-        )
-    return table
+        console.print(f"  {line:<70}  # {purpose}", highlight=False, soft_wrap=True)
+
+
+@click.command(
+    epilog="\b\nExamples:\n  entrollm report model-q8_0.gguf model-eq8.gguf -o report.html\n"
+    "  entrollm report *.gguf --reference model-f16.gguf --text wiki.txt --speed -o report.html\n"
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="REPORT.html", help="The report.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text file: adds perplexity, and the plot of size and quality.")
+@click.option("--reference", type=click.Path(path_type=Path), help="GGUF of the unquantized model, with --text: adds KL divergence.")
+@click.option("--ctx", "context", default=512, show_default=True, type=click.IntRange(min=8), help="Tokens per chunk.")
+@click.option("--chunks", type=click.IntRange(min=1), help="Number of chunks; the whole text by default.")
+@click.option("--speed", is_flag=True, help="Add tokens per second, by llama-bench.")
+@click.option("--force", is_flag=True, help="Replace REPORT.html if it exists.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
+def report(
+    files: tuple[Path, ...], out: Path, text: Path | None, reference: Path | None, context: int, chunks: int | None, speed: bool,
+    force: bool, threads: int | None,
+) -> None:  # fmt: skip
+    """Compare GGUF files, entropy-coded or not, in an HTML report.
+
+    Size and memory always; quality with --text, speed with --speed. For each entropy-coded file a picture: bits and entropy of its layers. The
+    report is one file that loads nothing from elsewhere. FILES may be first parts of split files.
+    """
+    from entrollm_gguf.eval.compare import compare, environment
+    from entrollm_gguf.eval.report import check_report_path, write_report
+    from entrollm_gguf.inspect.report import inspect_file
+
+    if reference is not None and text is None:
+        raise click.UsageError("--reference needs --text: KL divergence is measured on a text")
+    check_report_path(out, force)
+    paths = list(dict.fromkeys([*([reference] if reference else []), *files]))
+    stems = [path.stem for path in paths]
+    names = {path: path.stem if stems.count(path.stem) == 1 else str(path) for path in paths}
+    console = output_console()
+    say = _say(console)
+    reports = {}
+    for path in paths:
+        say(f"reading {path}")
+        reports[names[path]] = inspect_file(path, threads=threads)
+    rows = compare(
+        reports, reference=names[reference] if reference else None, text=text, context=context, chunks=chunks,
+        speed_rounds=2 if speed else 0, threads=threads, say=say,
+    )  # fmt: skip
+    title = "GGUF files compared" + (f" on {'all' if chunks is None else f'{chunks} x {context} tokens'} of {text.name}" if text else "")
+    write_report(out, rows, reports, title=title, environment=environment(), force=force)
+    _print_comparison(console, rows, title, ())
+    console.print(f"\n{out}: open it in a browser", highlight=False)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(printable(line), highlight=False)
+
+
+def _print_comparison(console: Console, rows: Sequence[Row], title: str, notes: Sequence[str]) -> None:
+    from entrollm_gguf.eval.compare import MEMORY_NOTE, table
+
+    headings, lines = table(rows)
+    shown = Table(title=printable(title), box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
+    for line in lines:
+        shown.add_row(*map(printable, line))
+    console.print(shown)
+    for note in (*notes, MEMORY_NOTE):
+        console.print(note, style="dim", highlight=False, width=100)

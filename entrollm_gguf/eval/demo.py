@@ -1,136 +1,143 @@
 # SPDX-License-Identifier: MIT
-"""`make demo`: a real model through all recipes, measured beside stock types, then asked a question."""
+"""`make demo`: a real model as stock types and as ours, measured side by side, then asked a question."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from entrollm_gguf import __version__, runtime
-from entrollm_gguf.convert.pipeline import ConversionReport, convert_model
+from entrollm_gguf import runtime
+from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE
 from entrollm_gguf.errors import ToolError
-from entrollm_gguf.eval.bench import Speed, measure_speed
 from entrollm_gguf.eval.chat import Chat
+from entrollm_gguf.eval.compare import Row, Say, compare, environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
-from entrollm_gguf.eval.perplexity import PerplexityResult, ReferenceLogits
+from entrollm_gguf.eval.report import write_report
 from entrollm_gguf.eval.tools import run_tool
-from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.report import inspect_file
 from entrollm_gguf.inspect.verify import verify_file
 
-QUESTION = "What is the capital of France?"
-# EntroLLM's own, the same grids with a scale for each row, and steps by rate; the last with calibration on the text's second half
-RECIPES = ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows", "EQ8", "EQ8-4.5")
+# The unquantized model is sure of every token of its answer: 0.78 is the smallest probability. Where it is not, a rounding error decides.
+QUESTION = "What is the capital city of Japan?"
 CALIBRATED = ("EQ8-4.5",)
-CHAT_RECIPE = DEFAULT_RECIPE
 STOCK_TYPES = ("Q8_0", "Q4_K_M")
-SPEED_ROUNDS = 2
+ASKED = ("Q8_0", DEFAULT_RECIPE)
+CONTEXT = 512
 
-Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    file: str
-    file_bytes: int
-    bits_per_weight: float  # whole file
-    coded_bits_per_weight: float | None  # coded matrices, container included
-    entropy: float | None  # of their codes
-    perplexity: PerplexityResult
-    speed: Speed  # entropy-coded files: load mode
-    fused_speed: Speed | None  # entropy-coded files
-    seconds: float | None  # conversion, for ours
+NOTES = (
+    "Q4_K_M: rows of 576 are no multiple of 256, so llama-quantize falls back to Q5_0, Q8_0 and the like for them. The model came as Q4_1: "
+    "its weights lie near a 4-bit block grid by birth.",
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Extent:
+    """How much is made and measured."""
+
+    recipes: tuple[str, ...]
+    chunks: int  # of CONTEXT tokens that are scored
+    sequences: int  # that a calibration reads
+    speed_rounds: int
+
+
+# What users choose between, and EntroLLM's own.
+SHORT = Extent(("EQ8", "EQ8-4.5", "EQ8-paper", "EQ4-paper"), chunks=8, sequences=8, speed_rounds=1)
+# EntroLLM's own, the same grids with a scale for each row, and steps by rate.
+FULL = Extent(
+    ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows", "EQ8", "EQ8-4.5"),
+    chunks=16, sequences=40, speed_rounds=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Everything that `results.json` holds."""
 
     rows: tuple[Row, ...]
     question: str
-    answer: str
+    answers: dict[str, str]  # by the row's name
     environment: dict[str, str]
     text: str
     context: int
     chunks: int
+    sequences: int
 
 
 def run_demo(
-    out: Path, *, text: Path | None = None, chunks: int = 16, context: int = 512, threads: int | None = None, say: Say = print
+    out: Path, *, full: bool = False, text: Path | None = None, chunks: int | None = None, threads: int | None = None, say: Say = print
 ) -> DemoResult:
-    """Fetch, convert, measure, ask; leaves the model files and results.json in `out`.
+    """Fetch, convert, measure, ask; leaves the model files, results.json and report.html in `out`.
 
     Args:
         out: folder, made if missing. A model folder that an earlier run left there is used again.
+        full: every recipe, a calibration as long as `entrollm convert` makes it, and twice as much of everything that is measured.
         text: text for perplexity; Python's language reference if None.
-        chunks: chunks of `context` tokens that are scored.
+        chunks: chunks of 512 tokens that are scored; 8 if None, 16 of a full demo.
     Raises:
         EntroLLMError: see the steps.
     """
+    extent = FULL if full else SHORT
+    if chunks is not None:
+        extent = dataclasses.replace(extent, chunks=chunks)
     out.mkdir(parents=True, exist_ok=True)
     if text is None:
         text = out / "text.txt"
         text.write_text(english_text(), encoding="utf-8")
     hf = _model_folder(out, say)
+    files, seconds = _make_files(hf, out, extent, threads, say)
+    reports = {name: inspect_file(path, threads=threads) for name, path in files.items()}
+    rows = compare(
+        reports, reference="F16", text=text, context=CONTEXT, chunks=extent.chunks, speed_rounds=extent.speed_rounds, threads=threads, say=say
+    )
+    rows = tuple(dataclasses.replace(row, seconds=seconds.get(row.name)) for row in rows)
 
+    say(f"asking {' and '.join(ASKED)}")
+    answers = {name: _ask(files[name], threads) for name in ASKED}
+    demo = DemoResult(rows, QUESTION, answers, environment(), text.name, CONTEXT, extent.chunks, extent.sequences)
+    (out / "results.json").write_text(json.dumps(dataclasses.asdict(demo), indent=2) + "\n")
+    write_report(
+        out / "report.html", rows, reports, title=demo_title(demo), notes=demo_notes(demo), environment=demo.environment, force=True
+    )
+    return demo
+
+
+def demo_title(demo: DemoResult) -> str:
+    """What was measured, on what."""
+    return f"SmolLM2-135M-Instruct, {demo.chunks} x {demo.context} tokens of {demo.text}"
+
+
+def demo_notes(demo: DemoResult) -> tuple[str, ...]:
+    """What a reader of the figures has to know."""
+    return (*NOTES, f"{', '.join(CALIBRATED)}: calibrated on {demo.sequences} x 512 tokens; `entrollm convert` takes 40 x 512 by default.")
+
+
+def _make_files(hf: Path, out: Path, extent: Extent, threads: int | None, say: Say) -> tuple[dict[str, Path], dict[str, float]]:
+    """Files by their names in the table, and the seconds that our conversions took."""
     files: dict[str, Path] = {"F16": _stock_f16(hf, out, say)}
     for stock in STOCK_TYPES:
         files[stock] = out / f"{stock}.gguf"
         say(f"quantizing {stock} with llama-quantize")
         run_tool("llama-quantize", [files["F16"], files[stock], stock], model=files["F16"])
-    reports: dict[str, ConversionReport] = {}
+    seconds: dict[str, float] = {}
     learnt_from = out / "calibration.txt"
     whole = english_text()
     learnt_from.write_text(whole[len(whole) // 2 :], encoding="utf-8")  # what is scored by default lies in the first half
-    for recipe in RECIPES:
-        calibration = Calibration(text=learnt_from) if recipe in CALIBRATED else None
+    for recipe in extent.recipes:
+        calibration = Calibration(text=learnt_from, n_sequences=extent.sequences) if recipe in CALIBRATED else None
         name = f"{recipe}, calibrated" if calibration else recipe
-        say(f"converting {name}")
+        say(f"converting {name}" + (", which takes longest" if calibration else ""))
         files[name] = out / f"{name.replace(', ', '-')}.gguf"
-        reports[name] = convert_model(hf, files[name], recipe=recipe, calibration=calibration, threads=threads, force=True)
+        seconds[name] = convert_model(hf, files[name], recipe=recipe, calibration=calibration, threads=threads, force=True).seconds
         problems = verify_file(files[name]).problems
         if problems:
             raise ToolError(f"{files[name]}: {problems[0]}")
-
-    results: dict[str, PerplexityResult] = {}
-    say(f"measuring perplexity and KL divergence on {chunks} x {context} tokens of {text.name}")
-    with ReferenceLogits(files["F16"], text, context=context, chunks=chunks, threads=threads) as reference:
-        for name, path in files.items():
-            result = reference.result if name == "F16" else reference.compare(path)
-            assert result is not None
-            results[name] = result
-            say(f"  {name}: perplexity {result.ppl:.4g}")
-    say(f"measuring speed, best of {SPEED_ROUNDS} rounds")
-    speeds = _speeds(files, threads)
-    fused = _speeds({name: files[name] for name in reports}, threads, mode="fused")
-    rows = [_row(name, path, results[name], speeds[name], fused.get(name), reports.get(name)) for name, path in files.items()]
-
-    chat = Chat(files[CHAT_RECIPE], threads=threads, temperature=0.0)
-    answer = "".join(chat.ask(QUESTION, max_tokens=64)).strip()
-    chat.close()
-    demo = DemoResult(tuple(rows), QUESTION, answer, environment(), text.name, context, chunks)
-    (out / "results.json").write_text(json.dumps(dataclasses.asdict(demo), indent=2) + "\n")
-    return demo
-
-
-def _speeds(files: dict[str, Path], threads: int | None, mode: str = "load") -> dict[str, Speed]:
-    """Files take turns, so that a noisy minute of a shared machine does not hit one of them alone."""
-    best: dict[str, Speed] = {}
-    for _ in range(SPEED_ROUNDS):
-        for name, path in files.items():
-            speed = measure_speed(path, prompt_tokens=128, generated_tokens=16, repetitions=2, threads=threads, mode=mode)
-            best[name] = speed.best(best.get(name, speed))
-    return best
+    return files, seconds
 
 
 def _model_folder(out: Path, say: Say) -> Path:
@@ -154,41 +161,9 @@ def _stock_f16(hf: Path, out: Path, say: Say) -> Path:
     return path
 
 
-def _row(name: str, path: Path, result: PerplexityResult, speed: Speed, fused_speed: Speed | None, report: ConversionReport | None) -> Row:
-    model = open_model(path)
-    n_weights = sum(t.n_elements for t in model.tensors())
-    coded = report.coded() if report else []
-    n_coded = sum(t.n_elements for t in coded)
-    return Row(
-        name=name,
-        file=path.name,
-        file_bytes=model.n_bytes,
-        bits_per_weight=model.n_bytes * 8 / n_weights,
-        coded_bits_per_weight=sum(t.n_bytes for t in coded) * 8 / n_coded if n_coded else None,
-        entropy=sum(t.entropy_bits or 0 for t in coded) / n_coded if n_coded else None,
-        perplexity=result,
-        speed=speed,
-        fused_speed=fused_speed,
-        seconds=report.seconds if report else None,
-    )
-
-
-def environment() -> dict[str, str]:
-    """What a figure depends on: processor, system, versions, the runtime's hash, the time."""
-    cpu = platform.processor() or platform.machine()
+def _ask(path: Path, threads: int | None) -> str:
+    chat = Chat(path, threads=threads, temperature=0.0)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    import os
-
-    return {
-        "cpu": cpu,
-        "cores": str(os.cpu_count()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "entrollm": __version__,
-        "runtime": runtime.info().hash,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+        return "".join(chat.ask(QUESTION, max_tokens=64)).strip()
+    finally:
+        chat.close()

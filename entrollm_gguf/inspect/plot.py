@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from entrollm_gguf.errors import FormatError
 from entrollm_gguf.gguf_io.output import atomic_output
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.report import FileReport, TensorReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -30,11 +34,27 @@ def plot_file(report: FileReport, path: str | Path, *, tensor: str | None = None
         FormatError: nothing in the file is entropy-coded, no such tensor, or an ending that is no picture's.
         OutputExistsError, ConversionError: see gguf_io.output.
     """
-    from matplotlib.figure import Figure
-
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise FormatError(f"{path}: a plot is a .png, .svg or .pdf file")
+    figure, tensor = draw_file(report, tensor)
+    with atomic_output(path, force) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=130)
+    return tensor
+
+
+def draw_file(report: FileReport, tensor: str | None = None) -> tuple[Figure, str]:
+    """The picture of a report: layers above, the codes of one tensor below.
+
+    Args:
+        tensor: whose codes are drawn; None for the largest entropy-coded one inside a layer.
+    Returns:
+        figure, name of the tensor drawn.
+    Raises:
+        FormatError: nothing in the file is entropy-coded, or no such tensor.
+    """
+    from matplotlib.figure import Figure
+
     coded = [t for t in report.tensors if t.entropy is not None]
     if not coded:
         raise FormatError(f"{report.path}: has no entropy-coded tensors, nothing to draw")
@@ -49,9 +69,7 @@ def plot_file(report: FileReport, path: str | Path, *, tensor: str | None = None
     figure.suptitle(printable(title), parse_math=False)  # a dollar sign in a name is no formula, here and below
     _draw_layers(above, coded)
     _draw_codes(below, report, tensor)
-    with atomic_output(path, force) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=130)
-    return tensor
+    return figure, tensor
 
 
 def _draw_layers(axes, coded: list[TensorReport]) -> None:
