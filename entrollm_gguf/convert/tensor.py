@@ -147,13 +147,16 @@ def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.
     Args:
         rows: f16 or f32, shape (n_rows, n_cols), finite.
     """
-    quants, allowed = import_gguf().quants, _LOST_AT_MOST[ggml_type.name]
+    gguf = import_gguf()
+    allowed = _LOST_AT_MOST[ggml_type.name]
+    # not by gguf.quants.quantize: `SourceModel.each_tensor` puts another in its place on another thread
+    quantize = {"Q8_0": gguf.quants.Q8_0.quantize, "BF16": gguf.quants.BF16.quantize, "F16": lambda x: x.astype(np.float16)}[ggml_type.name]
 
     def part(s: slice) -> tuple[np.ndarray, int]:
         x = rows[s].astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            quantized = quants.quantize(x, ggml_type)
-            error = quants.dequantize(quantized, ggml_type) - x
+            quantized = quantize(x)
+            error = gguf.dequantize(quantized, ggml_type) - x
             lost, energy = (np.einsum("ij,ij->i", one, one, dtype=np.float64) for one in (error, x))
         # an infinity is not to be had for the sake of rows that nobody uses
         return quantized.view(np.uint8), int(np.count_nonzero(lost > allowed * energy)) if np.isfinite(lost).all() else len(rows)
