@@ -93,7 +93,7 @@ class SourceModel:
                     f"{folder}: architecture {architecture} is not known to llama.cpp's converter; "
                     "its list: entrollm convert --list-architectures"
                 ) from error
-            # BF16 here marks the tensors that upstream would quantize; _keep_floats hands them over unrounded
+            # BF16 here marks the tensors that upstream would quantize; each_tensor hands them over unrounded
             self._model = model_class(folder, self._gguf.LlamaFileType.MOSTLY_BF16, out_path)
         if not self._model.model_tensors:
             raise ConversionError(f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)")
@@ -110,8 +110,8 @@ class SourceModel:
     def each_tensor(self, handle: Callable[[str, Any, int | None], None]) -> None:
         """Call handle(name, data, type) for every tensor under its GGUF name.
 
-        data is an f16 or f32 array, lazily evaluated (`evaluate`), where type is BF16, meaning: to be quantized. Otherwise data is in its final
-        type already.
+        data is an f16 or f32 array, lazily evaluated or not (`evaluate`), where type is BF16, meaning: to be quantized. It is not rounded: f16 and
+        f32 checkpoints keep their precision. Otherwise data is in its final type already.
 
         Raises:
             ConversionError: damaged files; whatever `handle` raises passes through.
@@ -119,13 +119,18 @@ class SourceModel:
         import torch
 
         writer = self._model.gguf_writer
+        round_as_upstream = self._gguf.quants.quantize
 
         def add_tensor(name, tensor, raw_shape=None, raw_dtype=None, tensor_endianess=None):
-            handle(name, tensor, raw_dtype)
+            with _quantize_by(self._gguf, round_as_upstream):  # a gguf.LazyChunkedTensor is rounded while it is written
+                handle(name, tensor, raw_dtype)
+
+        def keep_floats(data, qtype):
+            return data if qtype == self._gguf.GGMLQuantizationType.BF16 else round_as_upstream(data, qtype)
 
         writer.add_tensor = add_tensor
         try:
-            with torch.inference_mode(), _keep_floats(self._gguf), one_line_errors(str(self.folder)):
+            with torch.inference_mode(), _quantize_by(self._gguf, keep_floats), one_line_errors(str(self.folder)):
                 self._model.prepare_tensors()
         finally:
             del writer.add_tensor
@@ -215,20 +220,14 @@ class SourceModel:
 
 
 @contextlib.contextmanager
-def _keep_floats(gguf) -> Iterator[None]:
-    """While the converter classes run, leave data that they would round to BF16 as it is: f16 and f32 checkpoints keep their precision."""
-    original = gguf.quants.quantize
-
-    def quantize(data, qtype):
-        # eager data are the chunks of a LazyChunkedTensor, which are written as they come
-        is_candidate = qtype == gguf.GGMLQuantizationType.BF16 and isinstance(data, gguf.LazyBase)
-        return data if is_candidate else original(data, qtype)
-
-    gguf.quants.quantize = quantize
+def _quantize_by(gguf, function: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """Let the converter classes call another function(data, type) for gguf.quants.quantize."""
+    previous = gguf.quants.quantize
+    gguf.quants.quantize = function
     try:
         yield
     finally:
-        gguf.quants.quantize = original
+        gguf.quants.quantize = previous
 
 
 def evaluate(data: Any) -> np.ndarray:

@@ -30,7 +30,7 @@ from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RATE, Recipe, find_recipe
-from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor, keep_chunked
+from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, chunked_record, finish_tensor
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
@@ -403,7 +403,6 @@ def _interrupts(stop: threading.Event) -> Iterator[None]:
 
 
 def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:
-    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk."""
-    table, record, ggml_type = keep_chunked(name, data, raw_dtype)
-    at, size = spill.append_from(table.tofile, table.nbytes)
-    return _Part(record, ggml_type, at, size)
+    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the type upstream chose."""
+    at, size = spill.append_from(data.tofile, data.nbytes)
+    return _Part(chunked_record(name, data, raw_dtype), raw_dtype, at, size)

@@ -24,7 +24,7 @@ from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.recipes import RATE, Recipe
-from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, finish_tensor, keep, keep_chunked
+from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, chunked_record, finish_tensor, keep
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import NotFiniteError, Profile, QuantizeError, profile, quantize_step
@@ -197,7 +197,7 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
                 futures.append((name, n_weights, pool.submit(look, name, evaluate(data))))
                 return
             if chunked:
-                _, kept[name], _ = keep_chunked(name, data, raw_dtype)
+                kept[name] = chunked_record(name, data, raw_dtype)
             else:
                 _, kept[name], _ = finish_tensor(name, evaluate(data), raw_dtype, stays, threads or os.cpu_count() or 1, None, threading.Event(), basis.folding)
             done += kept[name].n_elements

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -113,9 +114,11 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> t
     if not np.isfinite(data).all():
         raise ConversionError(f"tensor {name}: a weight is NaN or infinite; the checkpoint is damaged or its training diverged")
     shape = tuple(data.shape)
-    rows = np.ascontiguousarray(data).reshape(-1, shape[-1])
+    rows = np.ascontiguousarray(data).reshape(math.prod(shape[:-1]), shape[-1])
     candidates = [(types.Q8_0, MAX_COARSE)] if can_be_q8_0(name, shape) else []
     candidates += [(types.BF16, 0), (types.F16, MAX_COARSE)]
+    if rows.size == 0:
+        candidates = []
     for ggml_type, share in candidates:
         kept, n_lost = _as_type(rows, ggml_type, threads)
         if n_lost <= share * len(rows):
@@ -126,21 +129,16 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> t
     return kept.reshape(-1).view(np.uint8), record, ggml_type
 
 
-def keep_chunked(name: str, table: Any, ggml_type: int) -> tuple[Any, TensorRecord, int]:
-    """A table larger than memory (gguf.LazyChunkedTensor), with its record and the type it is written in.
-
-    Args:
-        ggml_type: what upstream would write.
-    """
+def chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
+    """The record of a table larger than memory (gguf.LazyChunkedTensor), which is written as upstream has it."""
     gguf = import_gguf()
-    types = gguf.GGMLQuantizationType
     shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
-    return table, TensorRecord(name, types(ggml_type).name, shape, table.nbytes, "kept: read in chunks"), ggml_type
+    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, "kept: read in chunks")
 
 
-# Share of a row's energy that rounding to a type loses at most where f16 has all its digits. Q8_0: half a step of 1/127 of a block's largest
-# weight for each of 32 weights, if that weight stands alone, and a little for the scale. F16: 2^-11 of each weight.
-_LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-22}
+# Share of its energy that a row may lose. Q8_0: half a step of 1/127 of a block's largest weight for each of 32 weights, if that weight stands
+# alone, and a little for the scale, which is no more than it loses anyway. F16: as much as BF16 would, 2^-9 of each weight.
+_LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-18}
 
 
 def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.ndarray, int]:
@@ -149,13 +147,16 @@ def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.
     Args:
         rows: f16 or f32, shape (n_rows, n_cols), finite.
     """
-    quants, allowed = import_gguf().quants, _LOST_AT_MOST[ggml_type.name]
+    gguf = import_gguf()
+    allowed = _LOST_AT_MOST[ggml_type.name]
+    # not by gguf.quants.quantize: `SourceModel.each_tensor` puts another in its place on another thread
+    quantize = {"Q8_0": gguf.quants.Q8_0.quantize, "BF16": gguf.quants.BF16.quantize, "F16": lambda x: x.astype(np.float16)}[ggml_type.name]
 
     def part(s: slice) -> tuple[np.ndarray, int]:
         x = rows[s].astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            quantized = quants.quantize(x, ggml_type)
-            error = quants.dequantize(quantized, ggml_type) - x
+            quantized = quantize(x)
+            error = gguf.dequantize(quantized, ggml_type) - x
             lost, energy = (np.einsum("ij,ij->i", one, one, dtype=np.float64) for one in (error, x))
         # an infinity is not to be had for the sake of rows that nobody uses
         return quantized.view(np.uint8), int(np.count_nonzero(lost > allowed * energy)) if np.isfinite(lost).all() else len(rows)

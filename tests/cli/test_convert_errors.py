@@ -245,7 +245,9 @@ def test_odd_widths_stay_plain(tmp_path, out, smollm2_hf, capsys, monkeypatch):
     folder = tmp_path / "odd"
     models.build_tiny_model("odd", folder, smollm2_hf)
     assert main(["convert", str(folder), str(out)]) == 0
-    assert "blk.0.ffn_down.weight stays BF16: 100 columns are no multiple of 32" in capsys.readouterr().out
+    summary = capsys.readouterr().out
+    assert "blk.0.ffn_down.weight stays BF16: 100 columns are no multiple of 32" in summary
+    assert "not coded" in summary and "16.0 bits each" in summary
     from running import logits
 
     assert np.isfinite(logits(out)).all()

@@ -19,15 +19,16 @@ from entrollm_gguf.convert.recipes import RECIPES
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.inspect.decode import decode_file
 
-# What is done to which matrix. None of them is permuted on its way into the GGUF.
-_DAMAGE = {
-    "0.mlp.down_proj": ("0.ffn_down", lambda w: w.__setitem__((3, 7), 1e5)),
-    "1.mlp.down_proj": ("1.ffn_down", lambda w: w.mul_(1e6)),
-    "1.self_attn.o_proj": ("1.attn_output", lambda w: w.add_(70_000)),
-    "0.self_attn.v_proj": ("0.attn_v", lambda w: w.mul_(1e-7)),
-    "1.self_attn.v_proj": ("1.attn_v", lambda w: w.add_(1000)),  # an f16 of this size has steps of 0.5
-    "0.mlp.up_proj": ("0.ffn_up", lambda w: w[::40].mul_(1e-20)),  # a few rows that nobody uses
-}
+# What is done to which matrix, by the checkpoint's name and the GGUF's. None of them is permuted on its way into the GGUF, and no activation
+# becomes too large for an f16, to which llama.cpp rounds those of F16 weights.
+_DAMAGE = [
+    ("model.layers.0.mlp.down_proj", "blk.0.ffn_down", lambda w: w.__setitem__((3, 7), 1e5)),
+    ("model.layers.1.mlp.down_proj", "blk.1.ffn_down", lambda w: w.mul_(1e6)),
+    ("model.layers.1.self_attn.o_proj", "blk.1.attn_output", lambda w: w.add_(70_000)),
+    ("model.layers.0.self_attn.v_proj", "blk.0.attn_v", lambda w: w.mul_(1e-7)),
+    ("lm_head", "output", lambda w: w.add_(1000)),  # an f16 of this size has steps of 0.5
+    ("model.layers.0.mlp.up_proj", "blk.0.ffn_up", lambda w: w[::40].mul_(1e-20)),  # a few rows that nobody uses
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,10 @@ def extreme(tiny_model, tmp_path_factory):
     path = folder / "model.safetensors"
     tensors = {name: weight.float() for name, weight in load_file(path).items()}
     matrices = {}
-    for part, (gguf_part, damage) in _DAMAGE.items():
-        weight = tensors[f"model.layers.{part}.weight"]
+    for name, gguf_name, damage in _DAMAGE:
+        weight = tensors[f"{name}.weight"]
         damage(weight)
-        matrices[f"blk.{gguf_part}.weight"] = weight.numpy().copy()
+        matrices[f"{gguf_name}.weight"] = weight.numpy().copy()
     save_file(tensors, path, metadata={"format": "pt"})
     return folder, matrices
 
@@ -77,7 +78,8 @@ def test_every_recipe(extreme, tmp_path, recipe):
     assert unused.type_name == RECIPES[recipe].kind.name and unused.coarse_rows == (6 if "rows" in unused.scheme or "step" in unused.scheme else 0)
     in_file = {mode: logits(out, kv_overrides={"entropy.mode": mode}) for mode in ("load", "fused")}
     assert all(np.isfinite(one).all() for one in in_file.values())
-    assert nmse(in_file["fused"], in_file["load"]) < 0.01 and nmse(logits(plain), in_file["load"]) < 1e-6
+    # weights around 1000 multiply what 8-bit activations lose
+    assert nmse(in_file["fused"], in_file["load"]) < 0.05 and nmse(logits(plain), in_file["load"]) < 1e-6
 
 
 def test_the_plan_and_the_summary_tell(extreme, tmp_path, capsys):
