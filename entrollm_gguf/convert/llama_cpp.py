@@ -180,9 +180,11 @@ class SourceModel:
         """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile. raw_shape counts bytes where dtype is uint8."""
         self._model.gguf_writer.add_tensor(name, tensor, raw_shape=raw_shape, raw_dtype=raw_dtype)
 
-    def rehearse(self) -> None:
+    def rehearse(self) -> dict[str, Any]:
         """See whether llama.cpp would load the file, before any weight is read: metadata, vocabulary, and all tensors that it asks for with their shapes. The model cannot be used again.
 
+        Returns:
+            what `write_file` of the same model needs not make again.
         Raises:
             ConversionError: llama.cpp would not load it, naming what is missing or does not fit.
         """
@@ -198,12 +200,15 @@ class SourceModel:
             try:
                 self.write_file({}, self._gguf.LlamaFileType.MOSTLY_BF16, path)
             except OSError:
-                return  # a file system without room for it tells nothing of the model
-            reason = why_it_does_not_load(path)
+                reason = None  # a file system without room for it tells nothing of the model
+            else:
+                reason = why_it_does_not_load(path)
+        header = self._model.gguf_writer.kv_data[0]
         if reason is not None:
-            tokens = self._model.gguf_writer.kv_data[0].get("tokenizer.ggml.tokens")
+            tokens = header.get("tokenizer.ggml.tokens")
             shapes = {name: shape for name, shape, *_ in found}
             raise ConversionError(why_not_loadable(self.folder, reason, shapes, len(tokens.value) if tokens else 0, self._model.block_count))
+        return header
 
     def _prepare_metadata(self) -> None:
         model = self._model
@@ -217,15 +222,19 @@ class SourceModel:
         with one_line_errors(self.folder, model.hparams), tolerant_metadata(self.folder):
             model.prepare_metadata(vocab_only=False)
 
-    def write_file(self, metadata: dict[str, Any], file_type: int, path: Path) -> None:
+    def write_file(self, metadata: dict[str, Any], file_type: int, path: Path, header: dict[str, Any] | None = None) -> None:
         """Metadata, tokenizer and all declared tensors into the output.
 
         Args:
             metadata: further keys; str, int, or list of str.
             file_type: general.file_type.
+            header: from `rehearse`; made here where it is not given.
         """
         writer = self._model.gguf_writer
-        self._prepare_metadata()
+        if header is None:
+            self._prepare_metadata()
+        else:
+            writer.kv_data[0] = dict(header)
         for values in writer.kv_data:  # one dictionary per output file
             values.pop("general.file_type", None)  # the converter class wrote its own; the writer warns of a second one
         writer.add_file_type(file_type)

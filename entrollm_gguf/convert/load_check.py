@@ -27,7 +27,7 @@ def why_it_does_not_load(path: Path) -> str | None:
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GGML_", "LLAMA_"))}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "GGML_NO_BACKTRACE": "1"}
-    command = [sys.executable, __file__, str(path)]
+    command = [sys.executable, "-P", __file__, str(path)]  # -P: this folder has a module llama_cpp, too
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, cwd=path.parent)
     if result.returncode == _REFUSED:
         return " ".join(result.stdout.split())

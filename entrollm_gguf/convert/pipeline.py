@@ -164,7 +164,7 @@ def convert_model(
     check_output(out, force)
     check_checkpoint(Path(model_dir))
     with atomic_output(out, force) as temporary:
-        SourceModel(Path(model_dir), temporary).rehearse()
+        header = SourceModel(Path(model_dir), temporary).rehearse()
         basis = prepare(Path(model_dir), calibration, temporary, threads=threads, progress=progress)
 
         def encode(treat: Callable[[str], Treatment]) -> _Encoded:
@@ -184,7 +184,7 @@ def convert_model(
                 tensor = StreamedTensor(*_declared(part), part.size, copy)
                 encoded.source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
             file_type = import_gguf().LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
-            encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary)
+            encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary, header)
         n_bytes = temporary.stat().st_size
     return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started)
 

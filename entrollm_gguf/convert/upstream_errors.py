@@ -92,11 +92,11 @@ def why_not_loadable(folder: Path, reason: str, shapes: dict[str, tuple[int, ...
     rows = shapes.get("token_embd.weight", (n_tokens,))[0]
     if "token_embd.weight" in reason and n_tokens not in (0, rows):
         return more_tokens_than_rows(folder, n_tokens, rows)
-    missing = re.search(r"missing tensor '([^']+)'", reason)
+    missing = re.search(r"missing tensor '([^']+)'|tensor '([^']+)' not found", reason)
     if missing:
         layers = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
         several = f"config.json says {n_layers} layers, there are weights for {layers}: " if 0 < layers < n_layers else ""
-        return f"{folder}: {several}{missing[1]} is missing; download all files of the model again, or correct config.json"
+        return f"{folder}: {several}{missing[1] or missing[2]} is missing; download all files of the model again, or correct config.json"
     return f"{folder}: llama.cpp would not load the converted file ({reason}); config.json and weights do not fit, or it is a limit of llama.cpp"
 
 
