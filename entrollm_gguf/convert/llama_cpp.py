@@ -246,7 +246,8 @@ class SourceModel:
             else:
                 writer.add_string(key, value)
         writer.write_header_to_file(path=path)
-        writer.write_kv_data_to_file()
+        with one_line_errors(self.folder, self._model.hparams):  # a number where config.json has a word shows here
+            writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=False)
         writer.close()
 

@@ -77,6 +77,8 @@ def _make_typed(metadata: Any) -> list[str]:
 def _text(value: Any) -> str:
     if isinstance(value, list):  # several licenses
         return ",".join(_texts(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"  # what YAML reads as a truth value, the language for instance, was written so
     if not isinstance(value, (str, int, float, datetime.date)):
         raise TypeError
     return str(value).encode("utf-8", "replace").decode()
