@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 import click
@@ -57,11 +60,16 @@ def cli(debug: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run the command line. Returns the exit code: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
+    with _terminated_like_ctrl_c() as received:
+        return _run(argv, received)
+
+
+def _run(argv: list[str], received: list[int]) -> int:
     try:
         result = cli.main(argv, prog_name="entrollm", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -71,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
-        return 130
+        number = received[0] if received else signal.SIGINT
+        _complain(f"ended by {signal.Signals(number).name}" if received else "interrupted")
+        return 128 + number
     except EntroLLMError as error:
         if "--debug" in argv:
             raise
@@ -98,6 +107,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unexpected {type(error).__name__}: {error}; this is a fault of entrollm, please report it with what `entrollm --debug ...` shows"
         )
         return 1
+
+
+@contextlib.contextmanager
+def _terminated_like_ctrl_c() -> Iterator[list[int]]:
+    """SIGTERM (containers, systemd) and SIGHUP (a closed terminal) raise KeyboardInterrupt, too, so that nothing half-written stays.
+
+    Yields:
+        numbers of the signals that came.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    numbers = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
+    # what is ignored stays ignored (nohup), and what an embedding program handles is its own
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _complain(message: str) -> None:

@@ -42,3 +42,7 @@ class OutputExistsError(ConversionError):
 
 class ToolError(EntroLLMError):
     """One of llama.cpp's tools failed."""
+
+
+class ConversionWarning(UserWarning):
+    """A conversion goes on without something that no model needs."""

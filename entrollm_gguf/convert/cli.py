@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from entrollm_gguf.console import output_console
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
+from entrollm_gguf.errors import ConversionWarning
 
 if TYPE_CHECKING:
     from entrollm_gguf.convert.encode import TensorRecord
@@ -122,7 +124,9 @@ def convert(
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=as_json) as bar:
+    with warnings.catch_warnings(), Progress(*columns, console=console, transient=True, disable=as_json) as bar:
+        warnings.simplefilter("once", ConversionWarning)
+        warnings.showwarning = _show_warning
         task = bar.add_task("reading", total=None)
 
         def on_progress(done: int, total: int, name: str) -> None:
@@ -158,6 +162,12 @@ def convert(
         click.echo(json.dumps(report_as_dict(report), indent=2))
     else:
         print_summary(report, output_console())
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Ours in one line; what the libraries beneath warn of is for their users."""
+    if issubclass(category, ConversionWarning):
+        click.echo(f"entrollm: warning: {message}", err=True)
 
 
 def print_plan(plan: Plan, console: Console) -> None:

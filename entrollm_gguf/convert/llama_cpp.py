@@ -8,18 +8,24 @@ are decided upstream: with the file type BF16, whatever comes as BF16 is what ll
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from entrollm_gguf.errors import ConversionError, EntroLLMError, UnsupportedModelError
+from entrollm_gguf.convert.load_check import why_it_does_not_load
+from entrollm_gguf.convert.model_card import tolerant_metadata
+from entrollm_gguf.convert.upstream_errors import one_line_errors, tokenizer_errors, why_not_loadable
+from entrollm_gguf.errors import ConversionError, UnsupportedModelError
+from entrollm_gguf.gguf_io.output import StreamedTensor
 from entrollm_gguf.gguf_io.patched import import_gguf
 
 
@@ -36,25 +42,6 @@ def _import_conversion():
     return conversion
 
 
-@contextlib.contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """Anything the converter classes raise becomes a ConversionError that names the model folder.
-
-    They meet arbitrary files with bare indexing, asserts and library calls, so that every exception type is possible.
-    """
-    try:
-        yield
-    except (EntroLLMError, KeyboardInterrupt, MemoryError):
-        raise
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            raise  # disk trouble of our own output, worded by its owner
-        raise ConversionError(f"{what}: {' '.join(str(error).split())}") from error
-    except Exception as error:
-        reason = " ".join(str(error).split()) or "no further message"
-        raise ConversionError(f"{what}: cannot be read ({type(error).__name__}: {reason[:300]})") from error
-
-
 @dataclass(frozen=True)
 class Outline:
     """What a model consists of, by GGUF name."""
@@ -67,23 +54,19 @@ class SourceModel:
     """A Hugging Face model folder, opened by the converter class of its architecture.
 
     Args:
-        folder: holds config.json, the tokenizer and safetensors (or pytorch .bin) files.
+        folder: holds config.json, the tokenizer and safetensors (or pytorch .bin) files, as `check_checkpoint` wants them.
         out_path: the file that `write_file` writes.
     Raises:
-        ConversionError: not a model folder, or files that are damaged or missing.
+        ConversionError: files that the converter class does not take.
         UnsupportedModelError: llama.cpp's converter does not know the architecture.
     """
 
     def __init__(self, folder: Path, out_path: Path) -> None:
         self.folder = folder
         self._gguf = import_gguf()
-        if not folder.is_dir():
-            raise ConversionError(f"{folder}: no such folder; name the folder of a Hugging Face model")
-        if not (folder / "config.json").is_file():
-            raise ConversionError(f"{folder}: has no config.json; this is not a Hugging Face model folder")
         conversion = _import_conversion()
         logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
-        with one_line_errors(str(folder)):
+        with one_line_errors(folder):
             hparams = conversion.ModelBase.load_hparams(folder, False)
             architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
             try:
@@ -93,14 +76,13 @@ class SourceModel:
                     f"{folder}: architecture {architecture} is not known to llama.cpp's converter; "
                     "its list: entrollm convert --list-architectures"
                 ) from error
-            # BF16 here marks the tensors that upstream would quantize; each_tensor hands them over unrounded
-            self._model = model_class(folder, self._gguf.LlamaFileType.MOSTLY_BF16, out_path)
-        if not self._model.model_tensors:
-            raise ConversionError(f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)")
+            # BF16 here marks the tensors that upstream would quantize; each_tensor hands them over unrounded. Braces in the name are fields to fill
+            escaped = out_path.with_name(out_path.name.replace("{", "{{").replace("}", "}}"))
+            self._model = model_class(folder, self._gguf.LlamaFileType.MOSTLY_BF16, escaped)
 
     def n_elements(self) -> int:
         """Weights in the model's files, for progress."""
-        with one_line_errors(str(self.folder)):
+        with one_line_errors(self.folder, self._model.hparams):
             return sum(math.prod(generate().shape) for generate in self._model.model_tensors.values())
 
     def names(self) -> set[str]:
@@ -121,7 +103,12 @@ class SourceModel:
         writer = self._model.gguf_writer
         round_as_upstream = self._gguf.quants.quantize
 
+        seen: set[str] = set()
+
         def add_tensor(name, tensor, raw_shape=None, raw_dtype=None, tensor_endianess=None):
+            if name in seen:
+                raise ConversionError(f"{self.folder}: {self._sources_of(name)} all become {name}; leave one in the checkpoint")
+            seen.add(name)
             with _quantize_by(self._gguf, round_as_upstream):  # a gguf.LazyChunkedTensor is rounded while it is written
                 handle(name, tensor, raw_dtype)
 
@@ -130,10 +117,15 @@ class SourceModel:
 
         writer.add_tensor = add_tensor
         try:
-            with torch.inference_mode(), _quantize_by(self._gguf, keep_floats), one_line_errors(str(self.folder)):
+            with torch.inference_mode(), _quantize_by(self._gguf, keep_floats), one_line_errors(self.folder, self._model.hparams):
                 self._model.prepare_tensors()
         finally:
             del writer.add_tensor
+
+    def _sources_of(self, name: str) -> str:
+        """The weights of the checkpoint that get a GGUF name, as far as the names tell."""
+        find = self._model.tensor_map.get_name
+        return ", ".join(sorted(one for one in self._model.model_tensors if find(one, try_suffixes=(".weight", ".bias")) == name)) or "several weights"
 
     def outline(self) -> Outline:
         """Every tensor; no weights are read. The model cannot be used again."""
@@ -193,16 +185,61 @@ class SourceModel:
         """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile. raw_shape counts bytes where dtype is uint8."""
         self._model.gguf_writer.add_tensor(name, tensor, raw_shape=raw_shape, raw_dtype=raw_dtype)
 
-    def write_file(self, metadata: dict[str, Any], file_type: int, path: Path) -> None:
+    def rehearse(self) -> dict[str, Any]:
+        """See whether llama.cpp would load the file, before any weight is read: metadata, vocabulary, and all tensors that it asks for with their shapes. The model cannot be used again.
+
+        Returns:
+            what `write_file` of the same model needs not make again.
+        Raises:
+            ConversionError: llama.cpp would not load it, naming what is missing or does not fit.
+        """
+        types, found = self._gguf.GGMLQuantizationType, []
+        self.each_tensor(lambda name, data, ggml_type: found.append((name, tuple(data.shape), data.dtype, ggml_type)))
+        for name, shape, dtype, ggml_type in found:
+            if ggml_type == types.BF16 and dtype != np.uint8:
+                shape, dtype = self._gguf.quant_shape_to_byte_shape(shape, ggml_type), np.dtype(np.uint8)
+            n_bytes = math.prod(shape) * dtype.itemsize
+            self.add_tensor(name, StreamedTensor(shape, dtype, n_bytes, functools.partial(_skip, n_bytes)), shape, ggml_type)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rehearsal.gguf"
+            try:
+                self.write_file({}, self._gguf.LlamaFileType.MOSTLY_BF16, path)
+            except OSError:
+                reason = None  # a file system without room for it tells nothing of the model
+            else:
+                reason = why_it_does_not_load(path)
+        header = self._model.gguf_writer.kv_data[0]
+        if reason is not None:
+            tokens = header.get("tokenizer.ggml.tokens")
+            shapes = {name: shape for name, shape, *_ in found}
+            raise ConversionError(why_not_loadable(self.folder, reason, shapes, len(tokens.value) if tokens else 0, self._model.block_count))
+        return header
+
+    def _prepare_metadata(self) -> None:
+        model = self._model
+        set_vocab = model.set_vocab
+
+        def set_vocab_explained() -> None:
+            with tokenizer_errors(self.folder, model.hparams):
+                set_vocab()
+
+        model.set_vocab = set_vocab_explained
+        with one_line_errors(self.folder, model.hparams), tolerant_metadata(self.folder):
+            model.prepare_metadata(vocab_only=False)
+
+    def write_file(self, metadata: dict[str, Any], file_type: int, path: Path, header: dict[str, Any] | None = None) -> None:
         """Metadata, tokenizer and all declared tensors into the output.
 
         Args:
             metadata: further keys; str, int, or list of str.
             file_type: general.file_type.
+            header: from `rehearse`; made here where it is not given.
         """
         writer = self._model.gguf_writer
-        with one_line_errors(str(self.folder)):
-            self._model.prepare_metadata(vocab_only=False)
+        if header is None:
+            self._prepare_metadata()
+        else:
+            writer.kv_data[0] = dict(header)
         for values in writer.kv_data:  # one dictionary per output file
             values.pop("general.file_type", None)  # the converter class wrote its own; the writer warns of a second one
         writer.add_file_type(file_type)
@@ -214,9 +251,17 @@ class SourceModel:
             else:
                 writer.add_string(key, value)
         writer.write_header_to_file(path=path)
-        writer.write_kv_data_to_file()
+        with one_line_errors(self.folder, self._model.hparams):  # a number where config.json has a word shows here
+            writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=False)
         writer.close()
+
+
+def _skip(n_bytes: int, file: BinaryIO) -> None:
+    """Write zeros that take no room on the disk."""
+    if n_bytes:
+        file.seek(n_bytes - 1, os.SEEK_CUR)
+        file.write(b"\0")
 
 
 @contextlib.contextmanager

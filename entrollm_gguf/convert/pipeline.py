@@ -26,6 +26,7 @@ import numpy as np
 
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.budget import FINEST, Survey, Target, corrected, find_target, step_for
+from entrollm_gguf.convert.checkpoint import check_checkpoint
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
@@ -152,8 +153,9 @@ def convert_model(
     out = Path(out_path)
     _check_arguments(bits, size, tile_cols)
     check_output(out, force)
-    check_weight_files(Path(model_dir))
+    check_checkpoint(Path(model_dir))
     with atomic_output(out, force) as temporary:
+        header = SourceModel(Path(model_dir), temporary).rehearse()
         basis = prepare(Path(model_dir), calibration, temporary, threads=threads, progress=progress)
 
         def encode(treat: Callable[[str], Treatment]) -> _Encoded:
@@ -172,7 +174,7 @@ def convert_model(
                 tensor = StreamedTensor(*_declared(part), part.size, copy)
                 encoded.source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
             file_type = import_gguf().LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
-            encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary)
+            encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary, header)
         n_bytes = temporary.stat().st_size
     return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started, rate)
 
@@ -197,9 +199,10 @@ def plan_model(
     if chosen.quantizer != RATE.quantizer:
         raise ConversionError(f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits")
     _check_arguments(bits, size, tile_cols)
-    check_weight_files(Path(model_dir))
+    check_checkpoint(Path(model_dir))
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "header.gguf"
+        SourceModel(Path(model_dir), scratch).rehearse()
         basis = prepare(Path(model_dir), calibration, scratch, threads=threads, progress=progress)
         survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
     step = step_for(survey, find_target(survey, bits=bits, size=size, rate=rate))
@@ -230,22 +233,6 @@ def _check_arguments(bits: float | None, size: int | None, tile_cols: int | None
         raise ConversionError("give bits or size, not both")
     if bits is not None and not 1 <= bits <= 8:
         raise ConversionError(f"bits {bits}: must lie between 1 and 8")
-
-
-def check_weight_files(model_dir: Path) -> None:
-    """Every safetensors file is whole: its header agrees with its size.
-
-    Raises:
-        ConversionError: naming the first file that is not.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(model_dir.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path}: damaged or cut short ({error}); download it again") from error
 
 
 def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
@@ -382,24 +369,24 @@ def _spill_all(
 
 @contextlib.contextmanager
 def _interrupts(stop: threading.Event) -> Iterator[None]:
-    """Remember Ctrl-C in `stop` as well: Python drops a KeyboardInterrupt that arrives inside a destructor or a callback."""
+    """Remember signals that raise KeyboardInterrupt in `stop` as well: Python drops one that arrives inside a destructor or a callback."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.getsignal(signal.SIGINT)
+    found = ((name, signal.getsignal(signal.Signals[name])) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+    previous = {signal.Signals[name]: handler for name, handler in found if callable(handler)}
 
     def remember(number: int, frame: Any) -> None:
         stop.set()
-        if callable(previous):
-            previous(number, frame)
+        previous[signal.Signals(number)](number, frame)
 
-    if callable(previous):
-        signal.signal(signal.SIGINT, remember)
+    for number in previous:
+        signal.signal(number, remember)
     try:
         yield
     finally:
-        if callable(previous):
-            signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from entrollm_gguf import __version__
-from entrollm_gguf.calibrate import Statistics, gather, read_imatrix
+from entrollm_gguf.calibrate import Statistics, check_fit, gather, read_imatrix
 from entrollm_gguf.convert.budget import Sensitivity, Survey, sensitivity
 from entrollm_gguf.convert.calibrated import to_gguf
 from entrollm_gguf.convert.eligibility import reason_to_keep
@@ -84,11 +84,7 @@ def prepare(
     shapes = outline.shapes
     if calibration.imatrix is not None:
         statistics = read_imatrix(calibration.imatrix)
-        for name in shapes.keys() & statistics.tensors.keys():
-            if statistics.tensors[name].columns.shape[-1] != shapes[name][-1]:
-                raise ConversionError(f"{calibration.imatrix}: {name} has another width; this imatrix belongs to another model")
-        if not shapes.keys() & statistics.tensors.keys():
-            raise ConversionError(f"{calibration.imatrix}: knows none of this model's tensors; this imatrix belongs to another model")
+        check_fit(calibration.imatrix, statistics, shapes)
     else:
         gathered = gather(
             model_dir, None if calibration.own_text else calibration.text,

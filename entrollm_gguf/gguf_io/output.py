@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,53 +13,91 @@ from pathlib import Path
 
 from entrollm_gguf.errors import ConversionError, OutputExistsError
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that cannot lock
+
 
 def check_output(path: Path, force: bool) -> None:
     """Refuse early what would fail late.
 
     Raises:
         OutputExistsError: the file exists and `force` is not given.
-        ConversionError: the folder is missing, or the name is a folder.
+        ConversionError: the folder is missing, or the name is a folder, a pipe, a device or a link that leads nowhere.
     """
     if path.is_dir():
         raise ConversionError(f"{path}: is a folder; name an output file")
-    if not path.parent.is_dir():
-        raise ConversionError(f"{path.parent}: no such folder; create it first")
-    if path.exists() and not force:
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path}: is no regular file; name an output file")
+    target = _target(path)
+    if target.is_symlink():
+        raise ConversionError(f"{path}: is a link that leads in a circle; name an output file")
+    if not target.parent.is_dir():
+        raise ConversionError(f"{target.parent}: no such folder; create it first")
+    if target.exists() and not force:
         raise OutputExistsError(f"{path}: already exists; use --force to replace it")
 
 
 @contextlib.contextmanager
 def atomic_output(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed over it when the block ends well, removed when it does not (an interrupt included).
+    """A temporary path beside `path`; renamed over it when the block ends well, removed when it does not (an interrupt included). A symbolic link is followed.
+
+    Its name depends on that of the output alone, and it is locked as long as it is written: a second process that wants the same output is refused, and what a killed one left is written over.
 
     Yields:
         the temporary path, an empty file that the block fills and closes.
     Raises:
-        OutputExistsError, ConversionError: see check_output; a full disk.
+        OutputExistsError, ConversionError: see check_output; another process writes the same output; a full disk.
     """
     check_output(path, force)
+    target = _target(path)
+    temporary = target.with_name(f".{target.name}.part")
+    lock = _create_locked(path, temporary)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise ConversionError(f"{path.parent}: cannot write here ({error.strerror})") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+        check_output(path, force)  # the process that held the lock may just have ended
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        os.fsync(lock)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
             raise ConversionError(f"{path}: no space left on the device; free some or choose another folder") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _target(path: Path) -> Path:
+    """Where a chain of symbolic links leads, whether there is something or not."""
+    return Path(os.path.realpath(path))
+
+
+def _create_locked(path: Path, temporary: Path) -> int:
+    """Create the file, or take over an abandoned one; returns a descriptor that holds its lock.
+
+    Raises:
+        ConversionError: the folder cannot be written, or another process holds the lock.
+    """
+    while True:
+        try:
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConversionError(f"{temporary.parent}: cannot write here ({error.strerror})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ConversionError(f"{path}: is being written by another process; wait for it, or choose another name") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+        # between opening and locking, its owner may have renamed or removed it
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.lstat(temporary)):
+                os.truncate(handle, 0)
+                return handle
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -93,7 +132,12 @@ class SpillFile:
         """Let `write(file)` put `size` bytes at the end; returns (offset, size)."""
         at = self._size
         self._file.seek(at)
-        write(self._file)
+        try:
+            write(self._file)
+        except OSError as error:
+            if error.errno is None:  # numpy's tofile tells that it could not write all, and not why
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
         self._size += size
         return at, size
 

@@ -110,7 +110,27 @@ def open_model(path: Path) -> ModelFile:
     if not match or int(match["number"]) != 1 or int(match["count"]) != n_parts:
         raise FormatError(f"{path}: part of a split file; name the first part (...-00001-of-{n_parts:05}.gguf)")
     paths = [path.with_name(f"{match['prefix']}-{i:05}-of-{n_parts:05}.gguf") for i in range(1, n_parts + 1)]
-    return ModelFile(tuple(paths), (first, *(_open_one(part) for part in paths[1:])))
+    readers = (first, *(_open_one(part) for part in paths[1:]))
+    _check_parts(paths, readers)
+    return ModelFile(tuple(paths), readers)
+
+
+def _check_parts(paths: list[Path], readers: tuple[gguf.GGUFReader, ...]) -> None:
+    """Raises FormatError where a part is another one than its name says, or parts of several files came together."""
+    names: dict[str, Path] = {}
+    for i, (path, reader) in enumerate(zip(paths, readers)):
+        for key, wanted in (("split.no", i), ("split.count", len(paths))):
+            field = reader.get_field(key)
+            if field is None or field.contents() != wanted:
+                found = "nothing" if field is None else repr(field.contents())
+                raise FormatError(f"{path}: is another part than its name says ({key} is {found}, not {wanted}); download it again")
+        for tensor in reader.tensors:
+            if tensor.name in names:
+                raise FormatError(f"{path}: holds {tensor.name!r}, as {names[tensor.name].name} does; these parts do not belong together")
+            names[tensor.name] = path
+    total = readers[0].get_field("split.tensors.count")
+    if total is not None and total.contents() != len(names):
+        raise FormatError(f"{paths[0]}: says {total.contents()!r} tensors, the parts hold {len(names)}; these parts do not belong together")
 
 
 def _count_parts(path: Path, first: gguf.GGUFReader) -> int:

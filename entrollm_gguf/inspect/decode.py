@@ -122,7 +122,7 @@ def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, th
     if plain is None:
 
         def copy(file) -> None:
-            data.tofile(file)
+            file.write(data)  # numpy's tofile does not tell why it failed
             state.add(entry)
 
         tensor = StreamedTensor(data.shape, data.dtype, data.nbytes, copy)
@@ -131,7 +131,7 @@ def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, th
 
     def decode(file, name: str) -> None:
         _, rows = codec.decode_plain(entry.kind, data, entry.shape, name, threads)
-        rows.tofile(file)
+        file.write(rows)
         state.add(entry)
 
     byte_shape = gguf.quant_shape_to_byte_shape(entry.shape, types[plain])

@@ -201,8 +201,9 @@ def test_really_full_disk(model, tmp_path, capsys):
         subprocess.run(["umount", small], check=True)
 
 
-def test_ctrl_c(tiny_model, out):
-    """A real SIGINT in the middle of a conversion."""
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM"), (signal.SIGHUP, "ended by SIGHUP")])
+def test_signals(tiny_model, out, number, said):
+    """A real signal in the middle of a conversion."""
     slow = (
         "import sys, time\n"
         "import entrollm_gguf.convert.tensor as p\n"
@@ -212,19 +213,30 @@ def test_ctrl_c(tiny_model, out):
         "from entrollm_gguf.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", slow, "convert", str(tiny_model("mistral").folder), str(out)]
-    # a test run in the background of a shell inherits an ignored SIGINT
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", slow, "convert", str(tiny_model("mistral").folder), str(out), "--recipe", "EQ8-rows"]
+
+    def listen() -> None:  # a test run in the background of a shell inherits ignored signals
+        for one in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(one, signal.SIG_DFL)
+
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, cwd=REPOSITORY, preexec_fn=listen)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("encoding")  # two threads may print at once
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "entrollm: error: interrupted" in errors and "Traceback" not in errors
+    assert process.returncode == 128 + number
+    assert f"entrollm: error: {said}" in errors and "Traceback" not in errors
     assert nothing_left(out)
+
+
+def test_ignored_signals_stay_ignored():
+    """nohup entrollm ..."""
+    code = "import signal; from entrollm_gguf.cli import main; main(['--version']); print(signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM))"
+    listen = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=listen)
+    assert "SIG_IGN" in result.stdout and "SIG_DFL" in result.stdout
 
 
 def test_weights_too_large_for_the_grid_stay_plain(model, out, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from running import logits
 
 from entrollm_gguf import codec, runtime
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.errors import FormatError, ToolError
+from entrollm_gguf.errors import ConversionError, FormatError, ToolError
 from entrollm_gguf.eval.chat import Chat
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
@@ -160,6 +161,46 @@ def test_split_and_merge_keep_payloads(converted, tmp_path):
     assert np.array_equal(logits(tmp_path / "merged.gguf"), expected)
     with pytest.raises(FormatError, match="first part"):
         open_model(parts[1])
+
+
+@pytest.mark.parametrize("change", [{"split.no": 2}, {"split.no": None}, {"split.count": 2}, {"name": "other"}, {"name": "first"}])
+def test_parts_of_another_split(tmp_path, change):
+    import gguf
+
+    def write(number: int, name: str, **changes) -> None:
+        writer = gguf.GGUFWriter(tmp_path / f"m-{number:05}-of-00003.gguf", "llama")
+        for key, value in {"split.no": number - 1, "split.count": 3, "split.tensors.count": 3, **changes}.items():
+            if value is not None:
+                writer.add_uint16(key, value)
+        writer.add_tensor(name, np.zeros(4, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    for number, name in enumerate(("first", "second", "third"), start=1):
+        write(number, name)
+    path = tmp_path / "m-00001-of-00003.gguf"
+    assert verify_file(path).n_tensors == 3
+    write(2, **{"name": "second", **change})
+    if change == {"name": "other"}:  # a part that could be the right one
+        assert verify_file(path).n_tensors == 3
+        write(1, "first", **{"split.tensors.count": 4})
+    with pytest.raises(FormatError, match=r"m-0000[12]-of-00003\.gguf: .*(is another part than its name says|do not belong together)"):
+        verify_file(path)
+
+
+def test_a_full_disk_names_the_output(tmp_path):
+    source, out = tmp_path / "a.gguf", tmp_path / "out.gguf"
+    write_gguf(source)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ConversionError, match=r"out\.gguf: no space left"):
+            decode_file(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
 def test_every_cut_is_reported(tmp_path):
