@@ -140,6 +140,7 @@ def test_coded_tensor_of_one_dimension(small, tmp_path):
         ("x.texts", key("x.texts", ARRAY, array(STRING, text(b"\xff"), text("a")))),
         ("x.nan", key("x.nan", F32, struct.pack("<f", float("nan")))),
     ],
+    ids=["no-numbers", "no-strings", "no-utf8", "no-utf8-in-array", "nan"],
 )
 def test_odd_metadata_is_copied(small, tmp_path, name, extra, capsys):
     """llama.cpp reads it, so it is legal: no command stumbles, and copies hold it byte for byte."""
@@ -164,6 +165,7 @@ def test_odd_metadata_is_copied(small, tmp_path, name, extra, capsys):
         key("x.y", ARRAY, struct.pack("<IQ", U32, 1 << 62)),
         key("x.y", STRING, struct.pack("<Q", 1 << 62)),
     ],
+    ids=["count-text", "count-nan", "count-array", "key-no-utf8", "type-unknown", "array-beyond-file", "string-beyond-file"],
 )
 @pytest.mark.parametrize("command", ["verify", "inspect", "decode"])
 def test_impossible_metadata(small, tmp_path, extra, command, capsys):
