@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+_REFUSED = 3  # exit code of the program; Python's own failures have 1
+
 
 def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
     """Load everything of a model but its weights: metadata, vocabulary, and types, shapes and places of all tensors.
@@ -24,12 +26,14 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
         llama.cpp's reason for refusing the file, one line, or None if it takes it.
     Raises:
         RuntimeMissingError: the runtime is not installed.
+        ToolError: it cannot be started.
     """
-    from entrollm_gguf import runtime
+    from entrollm_gguf import runtime  # here, since the program does without this package
+    from entrollm_gguf.errors import ToolError
 
     runtime.info()  # says so if there is none
     # load mode is what every backend has; a mode of the user's environment is no property of the file
-    environment = {**os.environ, "GGML_ENTROPY_MODE": "load", "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "GGML_ENTROPY_MODE": "load", "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8"}
     library = [] if is_model else [str(runtime.library("ggml-base"))]
     command = [sys.executable, "-P", __file__, str(path.absolute()), *library]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=environment)
@@ -38,6 +42,8 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
     said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
     if result.returncode < 0:
         return f"llama.cpp ends by {signal.Signals(-result.returncode).name}" + (f" after: {said[0]}" if said else "")
+    if result.returncode != _REFUSED:
+        raise ToolError(f"{path}: llama.cpp's loader cannot be started: {said[-1] if said else f'exit code {result.returncode}'}")
     return f"llama.cpp refuses it: {said[0] if said else 'without a word'}"
 
 
@@ -75,4 +81,4 @@ def _load_gguf(path: str, library: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if (_load_gguf if len(sys.argv) > 2 else _load_model)(*sys.argv[1:]) else 1)
+    sys.exit(0 if (_load_gguf if len(sys.argv) > 2 else _load_model)(*sys.argv[1:]) else _REFUSED)

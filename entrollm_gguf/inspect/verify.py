@@ -34,7 +34,7 @@ def verify_file(path: str | Path, *, threads: int | None = None, progress: Progr
 
     Raises:
         FormatError: the file cannot be read as a GGUF at all (cut in its header, not a GGUF).
-        RuntimeMissingError: the patched runtime is not installed.
+        RuntimeMissingError, ToolError: the patched runtime is not installed, or does not start.
     """
     model = open_model(Path(path))
     problems = _check_length(model) + _check_alignment(model)

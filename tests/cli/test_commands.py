@@ -175,6 +175,7 @@ def test_perplexity(converted, text_file, tmp_path, capsys):
         (b"\x7fELF\x02\x01\x00", "UTF-8"),
         (b" \n", "empty"),
     ],
+    ids=["utf-16", "utf-16-le", "latin-1", "binary", "blank"],
 )
 def test_one_rule_for_texts(converted, tiny_model, tmp_path, content, reason, capsys):
     """Perplexity and calibration take the same ones."""

@@ -14,7 +14,7 @@ from rewriting import array, key, rewrite, text
 
 from entrollm_gguf import codec
 from entrollm_gguf.cli import main
-from entrollm_gguf.errors import FormatError
+from entrollm_gguf.errors import FormatError, ToolError
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.verify import verify_file
@@ -73,16 +73,22 @@ def test_verify_asks_the_loader(small, tmp_path):
     assert "llama.cpp refuses it" in problem and "block_count" in problem
 
 
-def test_an_abort_of_the_loader_is_a_problem(small, monkeypatch):
+def test_how_the_loader_can_end(small, tmp_path, monkeypatch):
+    """It refuses, aborts, or does not start at all: the command survives each."""
     from entrollm_gguf.gguf_io import loader
 
-    monkeypatch.setattr(loader.sys, "executable", "/bin/false")
-    assert "without a word" in loader.why_not_loaded(small)
-    script = small.parent / "abort.sh"
-    script.write_text("#!/bin/sh\necho '[31mggml.c:1: GGML_ASSERT(x) failed' >&2\nkill -ABRT $$\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(loader.sys, "executable", str(script))
-    assert "ends by SIGABRT" in loader.why_not_loaded(small) and "GGML_ASSERT(x)" in loader.why_not_loaded(small)
+    def ends(script: str) -> str | None:
+        program = tmp_path / "program.sh"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(loader.sys, "executable", str(program))
+        return loader.why_not_loaded(small)
+
+    assert ends("exit 0") is None
+    assert ends("echo first; echo second; exit 3") == "llama.cpp refuses it: first"
+    assert ends("echo 'GGML_ASSERT(x) failed' >&2; kill -ABRT $$") == "llama.cpp ends by SIGABRT after: GGML_ASSERT(x) failed"
+    with pytest.raises(ToolError, match=r"mistral.*cannot be started: ImportError: no library"):
+        ends("echo Traceback >&2; echo 'ImportError: no library' >&2; exit 1")
 
 
 def _copy(source, out, *, alignment: int | None = None, replace: dict[str, np.ndarray] | None = None):
@@ -134,6 +140,7 @@ def test_coded_tensor_of_one_dimension(small, tmp_path):
         ("x.texts", key("x.texts", ARRAY, array(STRING, text(b"\xff"), text("a")))),
         ("x.nan", key("x.nan", F32, struct.pack("<f", float("nan")))),
     ],
+    ids=["no-numbers", "no-strings", "no-utf8", "no-utf8-in-array", "nan"],
 )
 def test_odd_metadata_is_copied(small, tmp_path, name, extra, capsys):
     """llama.cpp reads it, so it is legal: no command stumbles, and copies hold it byte for byte."""
@@ -158,6 +165,7 @@ def test_odd_metadata_is_copied(small, tmp_path, name, extra, capsys):
         key("x.y", ARRAY, struct.pack("<IQ", U32, 1 << 62)),
         key("x.y", STRING, struct.pack("<Q", 1 << 62)),
     ],
+    ids=["count-text", "count-nan", "count-array", "key-no-utf8", "type-unknown", "array-beyond-file", "string-beyond-file"],
 )
 @pytest.mark.parametrize("command", ["verify", "inspect", "decode"])
 def test_impossible_metadata(small, tmp_path, extra, command, capsys):
