@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from entrollm_gguf.convert.load_check import why_it_does_not_load
 from entrollm_gguf.convert.model_card import tolerant_metadata
 from entrollm_gguf.convert.upstream_errors import one_line_errors, tokenizer_errors, why_not_loadable
 from entrollm_gguf.errors import ConversionError, UnsupportedModelError
+from entrollm_gguf.gguf_io.loader import why_not_loaded
 from entrollm_gguf.gguf_io.output import StreamedTensor
 from entrollm_gguf.gguf_io.patched import import_gguf
 
@@ -207,7 +207,7 @@ class SourceModel:
             except OSError:
                 reason = None  # a file system without room for it tells nothing of the model
             else:
-                reason = why_it_does_not_load(path)
+                reason = why_not_loaded(path)
         header = self._model.gguf_writer.kv_data[0]
         if reason is not None:
             tokens = header.get("tokenizer.ggml.tokens")

@@ -84,7 +84,7 @@ def why_not_loadable(folder: Path, reason: str, shapes: dict[str, tuple[int, ...
     """Words for a model whose file llama.cpp would not load.
 
     Args:
-        reason: what llama.cpp said.
+        reason: of `gguf_io.loader.why_not_loaded`.
         shapes: of all tensors, by GGUF name, numpy order.
         n_tokens: in the vocabulary; 0 for none.
         n_layers: as config.json has it.
@@ -97,7 +97,7 @@ def why_not_loadable(folder: Path, reason: str, shapes: dict[str, tuple[int, ...
         layers = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
         several = f"config.json says {n_layers} layers, there are weights for {layers}: " if 0 < layers < n_layers else ""
         return f"{folder}: {several}{missing[1] or missing[2]} is missing; download all files of the model again, or correct config.json"
-    return f"{folder}: llama.cpp would not load the converted file ({reason}); config.json and weights do not fit, or it is a limit of llama.cpp"
+    return f"{folder}: llama.cpp would not load the converted file (it {reason}); config.json and weights do not fit, or it is a limit of llama.cpp"
 
 
 def _reason(error: Exception) -> str:

@@ -7,10 +7,12 @@ It runs in a process of its own, which is this file as a program: on some files 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 _REFUSED = 3  # exit code of the program; Python's own failures have 1
@@ -20,10 +22,10 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
     """Load everything of a model but its weights: metadata, vocabulary, and types, shapes and places of all tensors.
 
     Args:
-        path: a GGUF file, or the first part of a split one.
+        path: a GGUF file, or the first part of a split one. Its weights may be anything, they are not read.
         is_model: False for an adapter and the like: ggml reads the file, as all loaders have it do, and no model is made of it.
     Returns:
-        llama.cpp's reason for refusing the file, one line, or None if it takes it.
+        what llama.cpp does and why, "refuses it: ..." or "ends by SIGABRT", one line, or None if it takes the file.
     Raises:
         RuntimeMissingError: the runtime is not installed.
         ToolError: it cannot be started.
@@ -32,8 +34,9 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
     from entrollm_gguf.errors import ToolError
 
     runtime.info()  # says so if there is none
-    # load mode is what every backend has; a mode of the user's environment is no property of the file
-    environment = {**os.environ, "GGML_ENTROPY_MODE": "load", "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8"}
+    # switches of the user's environment are no property of the file, and load mode is what every backend has
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GGML_", "LLAMA_"))}
+    environment = {**kept, "GGML_ENTROPY_MODE": "load", "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     library = [] if is_model else [str(runtime.library("ggml-base"))]
     command = [sys.executable, "-P", __file__, str(path.absolute()), *library]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=environment)
@@ -41,15 +44,19 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
         return None
     said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
     if result.returncode < 0:
-        return f"llama.cpp ends by {signal.Signals(-result.returncode).name}" + (f" after: {said[0]}" if said else "")
+        return f"ends by {signal.Signals(-result.returncode).name}" + (f" after: {said[0]}" if said else "")
     if result.returncode != _REFUSED:
         raise ToolError(f"{path}: llama.cpp's loader cannot be started: {said[-1] if said else f'exit code {result.returncode}'}")
-    return f"llama.cpp refuses it: {said[0] if said else 'without a word'}"
+    return f"refuses it: {said[0] if said else 'without a word'}"
 
 
 def _load_model(path: str) -> bool:
     """Whether the model loads; prints the errors of the log."""
-    import llama_cpp
+    # the module of the C functions alone: the package's own __init__ takes longer than all else
+    package = types.ModuleType("llama_cpp")
+    package.__path__ = list(importlib.util.find_spec("llama_cpp").submodule_search_locations)
+    sys.modules["llama_cpp"] = package
+    from llama_cpp import llama_cpp
 
     error_level = 4  # GGML_LOG_LEVEL_ERROR
 

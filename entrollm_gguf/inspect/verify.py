@@ -52,7 +52,7 @@ def verify_file(path: str | Path, *, threads: int | None = None, progress: Progr
         # parts of a model are loaded with the first one, those of anything else are files of their own
         for part in model.paths[:1] if is_model else model.paths:
             reason = why_not_loaded(part, is_model=is_model)
-            problems += [reason] if reason else []
+            problems += [f"llama.cpp {reason}"] if reason else []
     return VerifyReport(str(path), len(entries), sum(e.kind is not None for e in entries), tuple(problems))
 
 

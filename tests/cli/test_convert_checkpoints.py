@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from entrollm_gguf.cli import main
 from entrollm_gguf.convert import tensor
-from entrollm_gguf.convert.load_check import why_it_does_not_load
+from entrollm_gguf.gguf_io.loader import why_not_loaded
 from entrollm_gguf.gguf_io.output import atomic_output
 
 
@@ -145,7 +145,7 @@ def test_unusual_names(model, tmp_path):
     command = [sys.executable, "-m", "entrollm_gguf.cli", "convert", folder, out, "--recipe", "EQ8-rows"]
     result = subprocess.run(command, capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert out.is_file() and why_it_does_not_load(out) is None
+    assert out.is_file() and why_not_loaded(out) is None
 
 
 def test_another_conversion_to_the_same_output(model, out, capsys):
@@ -155,7 +155,3 @@ def test_another_conversion_to_the_same_output(model, out, capsys):
         temporary.write_bytes(b"first")
     assert out.read_bytes() == b"first"
 
-
-def test_llama_cpp_says_why_it_does_not_load(tmp_path):
-    (tmp_path / "no.gguf").write_bytes(b"GGUF")
-    assert why_it_does_not_load(tmp_path / "no.gguf")

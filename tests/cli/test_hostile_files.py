@@ -85,8 +85,8 @@ def test_how_the_loader_can_end(small, tmp_path, monkeypatch):
         return loader.why_not_loaded(small)
 
     assert ends("exit 0") is None
-    assert ends("echo first; echo second; exit 3") == "llama.cpp refuses it: first"
-    assert ends("echo 'GGML_ASSERT(x) failed' >&2; kill -ABRT $$") == "llama.cpp ends by SIGABRT after: GGML_ASSERT(x) failed"
+    assert ends("echo first; echo second; exit 3") == "refuses it: first"
+    assert ends("echo 'GGML_ASSERT(x) failed' >&2; kill -ABRT $$") == "ends by SIGABRT after: GGML_ASSERT(x) failed"
     with pytest.raises(ToolError, match=r"mistral.*cannot be started: ImportError: no library"):
         ends("echo Traceback >&2; echo 'ImportError: no library' >&2; exit 1")
 
