@@ -54,12 +54,7 @@ def build_hf_folder(gguf_path: Path, folder: Path) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     source, name = gguf_path.parent, gguf_path.name
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # a fresh model drops what loading left behind: quantization config, the name of the GGUF
-    config = transformers.AutoConfig.from_pretrained(source, gguf_file=name)
-    fresh = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    fresh.load_state_dict({key: value.to(torch.bfloat16) for key, value in loaded.state_dict().items()})
-    fresh.save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16).save_pretrained(folder)
     build_tokenizer(gguf_path).save_pretrained(folder)
 
 

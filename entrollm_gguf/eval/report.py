@@ -99,18 +99,19 @@ def draw_quality(rows: Sequence[Row]) -> Figure | None:
     points = [(row, value) for row, value in diverging or [(row, found.ppl) for row, found in results] if math.isfinite(value)]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for is_coded, label, marker in ((False, "stock types", "s"), (True, "entropy-coded", "o")):
+    # names of the two families on different sides of their points, since these often lie close together
+    for is_coded, label, marker, offset in ((False, "stock types", "s", (6, -12)), (True, "entropy-coded", "o", (6, 5))):
         family = [(row.file_bytes / 1e6, value, row.name) for row, value in points if row.is_coded == is_coded]
         if not family:
             continue
         axes.plot([x for x, _, _ in family], [y for _, y, _ in family], marker, ms=7, label=label)
         for x, y, name in family:
-            axes.annotate(printable(name), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, parse_math=False)
+            axes.annotate(printable(name), (x, y), xytext=offset, textcoords="offset points", fontsize=9, parse_math=False)
     axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers, between powers of ten only where few of those are
-    axes.set_xlim(left=0)
-    axes.margins(x=0.15, y=0.1)
+    # plain numbers: a formatter of powers would write formulas; between powers of ten only where few of those are
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.set_xlim(0, 1.15 * max((row.file_bytes / 1e6 for row, _ in points), default=1))  # room for the name of the largest
     axes.set_xlabel("file, MB")
     axes.set_ylabel("mean KL divergence from the reference, nats" if diverging else "perplexity")
     axes.grid(True, which="major", alpha=0.3)
