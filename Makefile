@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 FUZZ_MINUTES ?= 5
 PART ?= 4/1
 
-.PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream fuzz
+.PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream test-soak fuzz
 .PHONY: bench-micro bench-e2e bench-memory bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
@@ -57,6 +57,9 @@ test-upstream: runtime ## all of upstream's test-backend-ops on the CPU; a quart
 
 fuzz: runtime ## damaged files and random codes with fresh seeds for FUZZ_MINUTES (5), under AddressSanitizer and UBSan
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_MINUTES)
+
+test-soak: runtime ## conversions interrupted at random, and a server under eight unruly streams for SOAK_MINUTES (5) in each mode
+	$(BIN)/python -m pytest -q -s tests/soak/interrupts.py tests/soak/server.py
 
 bench-micro: runtime ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
 	@mkdir -p build/bench
