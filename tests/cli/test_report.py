@@ -89,7 +89,7 @@ def test_report_with_everything(files, text_file, tmp_path, capsys):
     assert "entropy-coded" in quality and coded.stem in quality and "Per layer" in tensors
 
     headings, reference, load, fused = page.rows
-    assert [h.replace("\n", " ") for h in headings[:7]] == ["type", "mode", "MB", "KLD", "prompt tok/s", "gen tok/s", "memory MB"]
+    assert [h.replace("\n", " ") for h in headings[:7]] == ["file", "mode", "MB", "KLD", "prompt tok/s", "gen tok/s", "memory MB"]
     assert (reference[0], load[:2], fused[:2]) == ("plain", [coded.stem, "load"], ["", "fused"])
     megabytes = [f"{sum(t.n_bytes for t in open_model(path).tensors()) / 1e6:.1f}" for path in (plain, coded)]
     assert (reference[6], load[6], fused[6]) == (megabytes[0], megabytes[0], megabytes[1])  # decoded at load it is the other file
@@ -106,7 +106,7 @@ def test_report_of_sizes_alone(files, tmp_path, capsys):
     out = tmp_path / "report.html"
     assert main(["report", *map(str, files), "-o", str(out)]) == 0
     page = Page(out)
-    assert [h.replace("\n", " ") for h in page.rows[0]] == ["type", "mode", "MB", "memory MB", "bits/ weight"]
+    assert [h.replace("\n", " ") for h in page.rows[0]] == ["file", "mode", "MB", "memory MB", "bits/ weight"]
     assert len(page.pictures()) == 1 and "Size and quality" not in page.text
 
 
@@ -182,5 +182,5 @@ def test_a_plot_of_odd_figures():
 
 def test_table_leaves_out_what_nobody_has():
     headings, lines = table([ROW])
-    assert headings == ("type", "mode", "MB", "memory\nMB", "bits/\nweight")
+    assert headings == ("file", "mode", "MB", "memory\nMB", "bits/\nweight")
     assert lines == [("a", "", "10.0", "9.0", "8.50")]
