@@ -152,7 +152,7 @@ def _measure_speeds(paths: Mapping[str, Path], rounds: int, threads: int | None,
 
 # ---- the table
 
-_COLUMNS = ("type", "mode", "MB", "KLD", "prompt\ntok/s", "gen\ntok/s", "memory\nMB", "bits/\nweight", "perplexity", "same\ntop %")
+_COLUMNS = ("file", "mode", "MB", "KLD", "prompt\ntok/s", "gen\ntok/s", "memory\nMB", "bits/\nweight", "perplexity", "same\ntop %")
 
 
 def table(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
