@@ -22,6 +22,8 @@ from entrollm_gguf.console import output_console, printable
 if TYPE_CHECKING:
     from entrollm_gguf.eval.compare import Row
 
+_WIDTH = 100  # columns of a comparison and what stands around it, on terminals that have them
+
 
 @click.command(
     epilog="\b\nExamples:\n  entrollm chat model.gguf\n  entrollm chat model.gguf --prompt 'Write a haiku about entropy.'\n"
@@ -115,7 +117,7 @@ def perplexity(
 @click.option("--out", default="build/demo", show_default=True, type=click.Path(path_type=Path), help="Folder for models, results.json, report.html.")
 @click.option("--full", is_flag=True, help="Every recipe, a long calibration, more chunks: takes three times as long.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text for perplexity; Python's language reference by default.")
-@click.option("--chunks", type=click.IntRange(min=2), help="Chunks of 512 tokens to score; 8 by default, 16 with --full.")
+@click.option("--chunks", type=click.IntRange(min=2), help="Chunks of 512 tokens to score; 6 by default, 16 with --full.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: int | None) -> None:
     """Convert a real model and compare it with stock types.
@@ -131,7 +133,7 @@ def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: 
     _print_comparison(console, result.rows, demo_title(result), demo_notes(result))
     console.print(f"\n{result.question}", style="bold")
     for name, answer in result.answers.items():
-        console.print(f"{name:>6}: {printable(answer, keep=chr(10))}", highlight=False)
+        console.print(f"{name:>6}: {printable(answer, keep=chr(10))}", highlight=False, width=_WIDTH)
     model, command = out / "EQ8.gguf", "entrollm" if shutil.which("entrollm") else sys.argv[0]
     server = Path(command).with_name("llama-server")
     console.print("\nNext:", style="bold")
@@ -207,4 +209,4 @@ def _print_comparison(console: Console, rows: Sequence[Row], title: str, notes: 
         shown.add_row(*map(printable, line))
     console.print(shown)
     for note in (*notes, MEMORY_NOTE):
-        console.print(note, style="dim", highlight=False, width=100)
+        console.print(note, style="dim", highlight=False, width=_WIDTH)
