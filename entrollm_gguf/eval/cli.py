@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -134,14 +135,13 @@ def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: 
     console.print(f"\n{result.question}", style="bold")
     for name, answer in result.answers.items():
         console.print(f"{name:>6}: {printable(answer, keep=chr(10))}", highlight=False, width=_WIDTH)
-    model, command = out / "EQ8.gguf", "entrollm" if shutil.which("entrollm") else sys.argv[0]
-    server = Path(command).with_name("llama-server")
+    model = out / "EQ8.gguf"
     console.print("\nNext:", style="bold")
     for line, purpose in (
         (f"{out / 'report.html'}", "open it in a browser: the figures with pictures"),
-        (f"{command} chat {model}", "go on asking"),
-        (f"GGML_ENTROPY_MODE=fused {server} -m {model}", "serve it, compressed in memory"),
-        (f"{command} convert HF_DIR my.gguf", "a model of your own"),
+        (f"{_typed('entrollm')} chat {model}", "go on asking"),
+        (f"GGML_ENTROPY_MODE=fused {_typed('llama-server')} -m {model}", "serve it, compressed in memory"),
+        (f"{_typed('entrollm')} convert HF_DIR my.gguf", "a model of your own"),
     ):
         console.print(f"  {line:<70}  # {purpose}", highlight=False, soft_wrap=True)
 
@@ -194,6 +194,11 @@ def report(
     console.print(f"\n{out}: open it in a browser", highlight=False)
 
 
+def _typed(program: str) -> str:
+    """What to type for a program of ours; without an activated environment it lies beside Python."""
+    return program if shutil.which(program) else os.path.relpath(Path(sys.executable).with_name(program))
+
+
 def _say(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(printable(line), highlight=False)
 
@@ -202,7 +207,7 @@ def _print_comparison(console: Console, rows: Sequence[Row], title: str, notes: 
     from entrollm_gguf.eval.compare import MEMORY_NOTE, table
 
     headings, lines = table(rows)
-    shown = Table(title=printable(title), box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown = Table(title=printable(title), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for i, heading in enumerate(headings):
         shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
     for line in lines:
