@@ -21,6 +21,8 @@ _EXPORTS = {
     "measure_perplexity": "entrollm_gguf.eval.perplexity",
     "measure_speed": "entrollm_gguf.eval.bench",
     "Chat": "entrollm_gguf.eval.chat",
+    "compare": "entrollm_gguf.eval.compare",
+    "write_report": "entrollm_gguf.eval.report",
     "run_demo": "entrollm_gguf.eval.demo",
     "build_runtime": "entrollm_gguf.runtime",
     "runtime_info": "entrollm_gguf.runtime",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from entrollm_gguf.errors import ToolError
 
 if TYPE_CHECKING:
     from entrollm_gguf.eval.compare import Row
+
+_WIDTH = 100  # columns of a comparison and what stands around it, on terminals that have them
 
 
 @click.command(
@@ -115,7 +118,7 @@ def perplexity(
 @click.option("--out", default="build/demo", show_default=True, type=click.Path(path_type=Path), help="Folder for models, results.json, report.html.")
 @click.option("--full", is_flag=True, help="Every recipe, a long calibration, more chunks: takes three times as long.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text for perplexity; Python's language reference by default.")
-@click.option("--chunks", type=click.IntRange(min=2), help="Chunks of 512 tokens to score; 8 by default, 16 with --full.")
+@click.option("--chunks", type=click.IntRange(min=2), help="Chunks of 512 tokens to score; 6 by default, 16 with --full.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: int | None) -> None:
     """Convert a real model and compare it with stock types.
@@ -131,15 +134,14 @@ def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: 
     _print_comparison(console, result.rows, demo_title(result), demo_notes(result))
     console.print(f"\n{result.question}", style="bold")
     for name, answer in result.answers.items():
-        console.print(f"{name:>6}: {printable(answer, keep=chr(10))}", highlight=False)
-    model, command = out / "EQ8.gguf", "entrollm" if shutil.which("entrollm") else sys.argv[0]
-    server = Path(command).with_name("llama-server")
+        console.print(f"{name:>6}: {printable(answer, keep=chr(10))}", highlight=False, width=_WIDTH)
+    model = out / "EQ8.gguf"
     console.print("\nNext:", style="bold")
     for line, purpose in (
         (f"{out / 'report.html'}", "open it in a browser: the figures with pictures"),
-        (f"{command} chat {model}", "go on asking"),
-        (f"GGML_ENTROPY_MODE=fused {server} -m {model}", "serve it, compressed in memory"),
-        (f"{command} convert HF_DIR my.gguf", "a model of your own"),
+        (f"{_typed('entrollm')} chat {model}", "go on asking"),
+        (f"GGML_ENTROPY_MODE=fused {_typed('llama-server')} -m {model}", "serve it, compressed in memory"),
+        (f"{_typed('entrollm')} convert HF_DIR my.gguf", "a model of your own"),
     ):
         console.print(f"  {line:<70}  # {purpose}", highlight=False, soft_wrap=True)
 
@@ -192,6 +194,11 @@ def report(
     console.print(f"\n{out}: open it in a browser", highlight=False)
 
 
+def _typed(program: str) -> str:
+    """What to type for a program of ours; without an activated environment it lies beside Python."""
+    return program if shutil.which(program) else os.path.relpath(Path(sys.executable).with_name(program))
+
+
 def _say(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(printable(line), highlight=False)
 
@@ -200,11 +207,11 @@ def _print_comparison(console: Console, rows: Sequence[Row], title: str, notes: 
     from entrollm_gguf.eval.compare import MEMORY_NOTE, table
 
     headings, lines = table(rows)
-    shown = Table(title=printable(title), box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown = Table(title=printable(title), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for i, heading in enumerate(headings):
         shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
     for line in lines:
         shown.add_row(*map(printable, line))
     console.print(shown)
     for note in (*notes, MEMORY_NOTE):
-        console.print(note, style="dim", highlight=False, width=100)
+        console.print(note, style="dim", highlight=False, width=_WIDTH)
