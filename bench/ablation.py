@@ -18,7 +18,7 @@ import quality
 
 from entrollm_gguf.convert import budget, pipeline, rate
 from entrollm_gguf.convert.rate import Calibration
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.perplexity import ReferenceLogits
 
 CHUNKS = 8

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from entrollm_gguf import runtime
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.runtime.fetch import fetch_sdist
 from entrollm_gguf.runtime.pin import read_pin
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.recipes import RECIPES
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 
 _DECODED = re.compile(r"decoded (\d+) entropy-coded tensors, ([\d.]+) MiB -> ([\d.]+) MiB, in ([\d.]+) s with (\d+) threads")
 

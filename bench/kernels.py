@@ -25,7 +25,7 @@ import numpy as np
 
 from entrollm_gguf import codec, runtime
 from entrollm_gguf.codec import EntropyType, Payload
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 
 _LINE = re.compile(r"MUL_MAT\(type_a=(\w+),.*?m=(\d+),n=(\d+),k=(\d+).*?([\d.]+) us/run")
 

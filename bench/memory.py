@@ -24,7 +24,7 @@ from pathlib import Path
 
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, fetch_gguf
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.gguf_io.reader import open_model

@@ -22,7 +22,7 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType, Payload
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "neon"))

@@ -30,7 +30,7 @@ from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.convert.recipes import RECIPES as RECIPES_BY_NAME
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 from entrollm_gguf.eval.perplexity import ReferenceLogits
 from entrollm_gguf.eval.tools import run_tool

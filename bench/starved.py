@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from entrollm_gguf import runtime
-from entrollm_gguf.eval.demo import environment
+from entrollm_gguf.eval.compare import environment
 
 _RUNS = (("Q8_0", "auto"), ("Q6_K", "auto"), ("Q4_K_M", "auto"), ("EQ8", "fused"), ("EQ8-4.5", "fused"))
 _TOKENS = 16

@@ -46,7 +46,7 @@ class Extent:
 
 
 # What users choose between, and EntroLLM's own.
-SHORT = Extent(("EQ8", "EQ8-4.5", "EQ8-paper", "EQ4-paper"), chunks=6, sequences=6, speed_rounds=1)
+SHORT = Extent(("EQ8", "EQ8-4.5", "EQ8-paper", "EQ4-paper"), chunks=4, sequences=6, speed_rounds=1)
 # EntroLLM's own, the same grids with a scale for each row, and steps by rate.
 FULL = Extent(
     ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows", "EQ8", "EQ8-4.5"),
@@ -77,7 +77,7 @@ def run_demo(
         out: folder, made if missing. A model folder that an earlier run left there is used again.
         full: every recipe, a calibration as long as `entrollm convert` makes it, and twice as much of everything that is measured.
         text: text for perplexity; Python's language reference if None.
-        chunks: chunks of 512 tokens that are scored; 6 if None, 16 of a full demo.
+        chunks: chunks of 512 tokens that are scored; 4 if None, 16 of a full demo.
     Raises:
         EntroLLMError: see the steps.
     """
