@@ -22,9 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from provenance import provenance
+
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, fetch_gguf
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.gguf_io.reader import open_model
@@ -90,7 +91,7 @@ def weights(path: Path) -> int:
 
 def main(out: Path, source: Path | None) -> None:
     """Measure some recipes and both modes."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    begun = provenance("python bench/memory.py OUT.json")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         if source is None:
@@ -121,9 +122,7 @@ def main(out: Path, source: Path | None) -> None:
         for name, values in seconds.items():
             print(f"{name:16} cold start, median of {COLD_STARTS}: {statistics.median(values):.2f} s")
     report = {
-        "command": "python bench/memory.py OUT.json",
-        "commit": commit,
-        "environment": environment(),
+        **begun,
         "model": source.name,
         "not_weights_bytes": other,
         "not_weights_of_two_bytes": other_of_two,

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from provenance import provenance
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType, Payload
-from entrollm_gguf.eval.compare import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "neon"))
@@ -96,6 +96,7 @@ def measure(folder: Path) -> list[dict]:
 
 def main(out: Path) -> None:
     """Count and report."""
+    begun = provenance("python bench/neon_instructions.py OUT.json")
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder))
@@ -104,9 +105,7 @@ def main(out: Path) -> None:
         for program in (f"{TRIPLE}-g++", "qemu-aarch64")
     )
     report = {
-        "command": "python bench/neon_instructions.py OUT.json",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "environment": environment(),
+        **begun,
         "compiler": compiler,
         "emulator": emulator,
         "target": OPTIONS["GGML_CPU_ARM_ARCH"],

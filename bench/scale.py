@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from provenance import provenance
 from synthetic import build_llama
 
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, fetch_gguf
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.gguf_io.reader import open_model
@@ -110,7 +110,7 @@ def cold_start(path: Path, mode: str) -> tuple[float, str]:
 
 def main(folder: Path, out: Path) -> None:
     """Measure everything, runs in turns."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    begun = provenance("python bench/scale.py FOLDER OUT.json")
     files = make_files(folder)
     sizes = {name: sum(t.n_bytes for t in open_model(path).tensors()) for name, path in files.items()}
     modes = [(name, path, "auto") for name, path in files.items() if name in STOCK]
@@ -148,9 +148,7 @@ def main(folder: Path, out: Path) -> None:
         print(f"{name:14} cold start {statistics.median(values):.2f} s; {re.sub(r'.*llama_entropy: ', '', said[name])}")
     print(f"memory read: {', '.join(f'{n} threads {speed:.1f} GB/s' for n, speed in bandwidths.items())}")
     report = {
-        "command": "python bench/scale.py FOLDER OUT.json",
-        "commit": commit,
-        "environment": environment(),
+        **begun,
         "read_gb_per_second": bandwidths,
         "rows": rows,
         "tokens_at_once": batches,

@@ -17,8 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from provenance import provenance
+
 from entrollm_gguf import runtime
-from entrollm_gguf.eval.compare import environment
 
 _RUNS = (("Q8_0", "auto"), ("Q6_K", "auto"), ("Q4_K_M", "auto"), ("EQ8", "fused"), ("EQ8-4.5", "fused"))
 _TOKENS = 16
@@ -86,6 +87,7 @@ def generation(path: Path, mode: str, limit: int) -> dict:
 
 def main(folder: Path, out: Path, limit: int) -> None:
     """All files, one after the other."""
+    begun = provenance(f"python bench/starved.py FOLDER OUT.json {limit >> 20}")
     speed = read_speed(folder / "Q8_0.gguf")
     print(f"storage: {speed:.2f} GB/s")
     rows = []
@@ -95,11 +97,8 @@ def main(folder: Path, out: Path, limit: int) -> None:
         rows.append(row)
         told = f"{row['tokens_per_second']:.2f} tokens/s" if "tokens_per_second" in row else row["failed"]
         print(f"{name:10} {row['bytes'] / 2**20:6.0f} MiB of {limit >> 20} MiB: {told}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     report = {
-        "command": f"python bench/starved.py FOLDER OUT.json {limit >> 20}",
-        "commit": commit,
-        "environment": environment(),
+        **begun,
         "storage_gb_per_second": speed,
         "limit_bytes": limit,
         "rows": rows,

@@ -37,7 +37,7 @@ constexpr int CLAMP = GGML_ENTROPY_CLAMP_UNITS;
 constexpr unsigned WINDOW = 57;
 
 // Tails of a mean length up to this many bits a unit are read through one window, which is less work. Of Gaussian codes (simulated) one unit
-// in 45 does not fit in it at a mean of 38 bits, one in nine at 44. Limits of 38, 44 and 50 were equally fast at 38 bits; nothing between was tried.
+// in 45 does not fit in it at a mean of 38 bits, one in nine at 44. Limits of 38, 44 and 50 were equally fast at 38 bits.
 constexpr unsigned SHORT_TAIL = 44;
 
 // Bit planes of the class number of 64 weights, and the weights that are far.
