@@ -5,6 +5,7 @@
 //
 //     harness check            every shape class against the CPU: weights bit-exact, products within a bound; two matrices in a launch, experts
 //     harness small            a few small cases, for compute-sanitizer
+//     harness profile          a few products, for Nsight Compute
 //     harness table JSON       Gweights/s and GB/s of the mat-vec and of decoding rows, by shape, type, bits and tile_cols
 //
 // Matrices of the table are copied until they fill 512 MB, and calls take them in turn: one alone would stay in the L2 cache.
@@ -34,6 +35,7 @@
     } while (0)
 
 static entropy_tuning tuning;
+static int sm = 0; // as 90
 
 struct gpu_launcher {
     template <typename Args>
@@ -45,6 +47,29 @@ struct gpu_launcher {
 #else
         simt::launch(kernel, grid, (uint32_t) n_threads, (size_t) n_shared, args);
 #endif
+    }
+
+    // As ggml-cuda does; GGML_CUDA_PDL=0 turns it off there, too.
+    template <typename Args>
+    void early(void (*kernel)(Args), dim3 grid, int n_threads, int n_shared, const Args & args) const {
+#if defined(__CUDACC__)
+        static const bool usual = getenv("GGML_CUDA_PDL") != nullptr && atoi(getenv("GGML_CUDA_PDL")) == 0;
+        if (!usual && sm >= 90) {
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) tuning.shared_size));
+            cudaLaunchAttribute attribute;
+            attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attribute.val.programmaticStreamSerializationAllowed = 1;
+            cudaLaunchConfig_t config = {};
+            config.gridDim          = grid;
+            config.blockDim         = dim3(n_threads);
+            config.dynamicSmemBytes = n_shared;
+            config.attrs            = &attribute;
+            config.numAttrs         = 1;
+            CHECK(cudaLaunchKernelEx(&config, kernel, args));
+            return;
+        }
+#endif
+        operator()(kernel, grid, n_threads, n_shared, args);
     }
 };
 
@@ -486,16 +511,32 @@ static void table(FILE * json) {
     fprintf(json, "\n  ]\n");
 }
 
+// A large matrix, one of many rows, a small one; one column, as while generating.
+static void profile() {
+    for (const auto & [n_rows, n_cols] : { std::pair<int64_t, int64_t>{ 4096, 14336 }, { 14336, 4096 }, { 1024, 4096 } }) {
+        const matrix m = encode(GGML_TYPE_EQ8, n_rows, n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols), make_codes(GGML_TYPE_EQ8, n_rows, n_cols, 9.5, FILL_NORMAL), false, false);
+        const device_array<uint8_t> payload(m.payload);
+        const vectors v(m, 1, std::vector<float>(n_cols, 0.5f));
+        mat_vec(m, payload.data, v);
+        CHECK(cudaDeviceSynchronize());
+    }
+}
+
 int main(int argc, char ** argv) {
     const std::string what = argc > 1 ? argv[1] : "";
-    if (what != "check" && what != "small" && what != "table") {
-        fprintf(stderr, "usage: harness check|small|table [JSON]\n");
+    if (what != "check" && what != "small" && what != "profile" && what != "table") {
+        fprintf(stderr, "usage: harness check|small|profile|table [JSON]\n");
         return 2;
     }
     cudaDeviceProp device;
     CHECK(cudaGetDeviceProperties(&device, 0));
+    sm     = device.major*10 + device.minor;
     tuning = entropy_tuning_of(device.major*100 + device.minor*10, device.sharedMemPerBlockOptin, device.multiProcessorCount);
     printf("%s, sm_%d%d, %d SMs, %zu KB of shared memory a block\n", device.name, device.major, device.minor, device.multiProcessorCount, device.sharedMemPerBlockOptin/1024);
+    if (what == "profile") {
+        profile();
+        return 0;
+    }
     if (what != "table") {
         check(what == "small");
         return n_wrong == 0 ? 0 : 1;

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench" / "gpu")]
 import objects  # noqa: E402
 from models import build_tiny_model  # noqa: E402
 from prebuild import PrebuildError, prebuild  # noqa: E402
+from run import AVX512  # noqa: E402
 
 from entrollm_gguf.convert.pipeline import convert_model  # noqa: E402
 from entrollm_gguf.eval.demo_model import build_tokenizer, english_text, fetch_gguf  # noqa: E402
@@ -87,7 +88,7 @@ def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS, programs: li
                 if path.is_file() and not name.startswith(_LEFT_OUT):
                     _add(archive, path, f"llama.cpp/{name}")
             for path in programs or []:
-                _add(archive, path, f"bin/{path.name}")
+                _add(archive, path, f"bin/{AVX512}/{path.name}" if path.parent.name == AVX512 else f"bin/{path.name}")
             for name in _PROGRAMS:
                 _add(archive, ROOT / "bench" / "gpu" / name, f"gpu/{name}")
             for path in sorted(models.glob("*.gguf")):

@@ -8,6 +8,7 @@ The build folder stays in the user's cache, so that a small change compiles litt
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import objects
-from run import COMMON, PROGRAMS, generator
+from run import AVX512, COMMON, PROGRAMS, generator
 
 from entrollm_gguf.runtime import tree
 from entrollm_gguf.runtime.fetch import fetch_from_wheel, fetch_sdist
@@ -39,6 +40,8 @@ _DRIVER = [
     "cuMemUnmap",
 ]
 _CPU = tuple(f"-DGGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"))
+# what stock types are compared with on the CPU of that machine, if it has these
+_CPU_AVX512 = (*_CPU, *(f"-DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI")))
 
 
 class PrebuildError(Exception):
@@ -76,6 +79,11 @@ def prebuild(architecture: str, cmake: list[str]) -> list[Path]:
         *cmake,
     )  # fmt: skip
     _run("cmake", "--build", build, "-j", str(os.cpu_count()), "--target", *PROGRAMS)
+    other = work / "build-avx512"
+    _run("cmake", "-S", llama_cpp, "-B", other, *generator(), *COMMON, *_CPU_AVX512, "-DGGML_NATIVE=OFF", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON")
+    _run("cmake", "--build", other, "-j", str(os.cpu_count()), "--target", "ggml-cpu")
+    (binaries / AVX512).mkdir(exist_ok=True)
+    shutil.copy(other / "bin" / "libggml-cpu.so.0", binaries / AVX512)
     includes = [f"-I{llama_cpp / 'ggml' / part}" for part in ("include", "src", "src/ggml-cuda")]
     link = [f"-L{binaries}", "-lggml-base", "-lpthread"]
     _run(
@@ -84,7 +92,7 @@ def prebuild(architecture: str, cmake: list[str]) -> list[Path]:
     )  # fmt: skip
     for name in ("kernel-table", "synth-model"):
         _run("g++", "-std=c++17", "-O2", *includes, _HERE / f"{name}.cpp", "-o", binaries / name, "-lggml", *link, "-lggml", "-lggml-base", "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined")  # fmt: skip
-    return sorted(path for path in binaries.iterdir() if path.is_file())
+    return sorted(path for path in binaries.rglob("*") if path.is_file())
 
 
 def _run(*words: str | Path) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 
 import pytest
@@ -23,6 +22,3 @@ def test_a_device_with_memory_of_its_own(converted, tmp_path, name, recipe):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-1000:]
     assert result.stdout.rstrip().endswith(" passed, 0 failed")
-    # the stand-in decodes to Q8_0 and Q4_0 alone; the host does it for F16 and Q4_1
-    on_device = int(re.search(r"(\d+) times decoded on the device", result.stdout)[1])
-    assert on_device > 0 or not recipe.endswith("-rows")

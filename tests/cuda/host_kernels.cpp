@@ -32,19 +32,37 @@ static void allow(const void * p, size_t n) {
     simt::memory[(uintptr_t) p] = n;
 }
 
-static const auto launcher = [](auto kernel, dim3 grid, int n_threads, int n_shared, const auto & args) {
-    simt::launch(kernel, grid, (uint32_t) n_threads, (size_t) n_shared, args);
-};
+// What other kernels write or read: a kernel that is launched early has to wait before it touches it.
+static void allow_moving(const void * p, size_t n) {
+    allow(p, n);
+    simt::moving[(uintptr_t) p] = n;
+}
+
+static const struct {
+    template <typename Kernel, typename Args>
+    void operator()(Kernel kernel, dim3 grid, int n_threads, int n_shared, const Args & args) const {
+        simt::launch(kernel, grid, (uint32_t) n_threads, (size_t) n_shared, args);
+    }
+
+    template <typename Kernel, typename Args>
+    void early(Kernel kernel, dim3 grid, int n_threads, int n_shared, const Args & args) const {
+        simt::unwaited = true;
+        operator()(kernel, grid, n_threads, n_shared, args);
+        simt::unwaited = false;
+    }
+} launcher;
 
 template <typename Body>
 static const char * guarded(const Body & body) {
     message.clear();
     simt::memory.clear();
+    simt::moving.clear();
     try {
         body();
     } catch (const std::exception & e) {
         message = e.what();
     }
+    simt::unwaited = false;
     return message.c_str();
 }
 
@@ -127,10 +145,10 @@ static void mat_vec(const shape & s, const run_options & o, const uint8_t * payl
     const entropy_columns columns = { blocks.data(), n_columns, (int) s.n_cols };
     const int64_t n_y1 = c.ids != nullptr ? c.n_slots : c.n1;
     allow(payload, s.slab_stride*s.n_slabs);
-    allow(c.x, n_columns*s.n_cols*4);
-    allow(blocks.data(), blocks.size()*sizeof(entropy_block));
+    allow_moving(c.x, n_columns*s.n_cols*4);
+    allow_moving(blocks.data(), blocks.size()*sizeof(entropy_block));
     if (c.ids != nullptr) {
-        allow(c.ids, c.n_slots*c.n2*4);
+        allow_moving(c.ids, c.n_slots*c.n2*4);
     }
     const bool two = c.payload2 != nullptr;
     const int64_t n_rows[2] = { s.n_rows, two ? c.n_rows2 : 0 };
@@ -144,7 +162,7 @@ static void mat_vec(const shape & s, const run_options & o, const uint8_t * payl
         args.y2[i]          = c.ids != nullptr ? n_rows[other] : n_rows[other]*c.n1;
         args.y3[i]          = c.ids != nullptr ? n_rows[other]*c.n_slots : 0;
         allow(args.payload[i], args.slab_stride[i]*s.n_slabs);
-        allow(args.y[i], n_rows[other]*n_y1*c.n2*4);
+        allow_moving(args.y[i], n_rows[other]*n_y1*c.n2*4);
     }
     const entropy_routes routes = { c.ids, 1, c.n_slots, (int) c.n_slots, (int) s.n_slabs };
     entropy_launch_quantize<TYPE>(launcher, {

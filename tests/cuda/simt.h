@@ -7,6 +7,7 @@
 // - threads of a warp that meet in different operations, or at different numbers of them (a deadlock on a GPU).
 // Asynchronous copies land as late as they may, at the wait that lets their group land, so that a missing wait shows; or, if `early`, at once, so
 // that a copy over something that is still needed shows.
+// - a kernel that was launched early and touches, before grid_wait, what other kernels write or read, or ever by a load meant for what never changes.
 // Not modelled: races between threads without a meeting between them, except as far as the order of fibers shows them; run with both orders.
 
 #pragma once
@@ -63,6 +64,7 @@ struct thread {
     std::unique_ptr<char[]> stack;
     uint32_t id   = 0;
     bool     done = false;
+    bool     waited = false; // grid_wait
     std::vector<std::vector<copy>> groups; // asynchronous copies, oldest group first
     std::vector<copy>              open;   // not committed
 };
@@ -93,7 +95,9 @@ inline block * now = nullptr;
 inline dim3 block_idx, block_dim, grid_dim;
 inline bool backwards = false;
 inline bool early     = false;
+inline bool unwaited  = false; // the kernel was launched early
 inline std::map<uintptr_t, size_t> memory; // global memory that kernels may touch
+inline std::map<uintptr_t, size_t> moving; // of that, what other kernels write or read
 
 [[noreturn]] inline void fail(const std::string & what) {
     now->error = what + " (block " + std::to_string(block_idx.x) + "," + std::to_string(block_idx.y) + "," + std::to_string(block_idx.z) +
@@ -103,11 +107,18 @@ inline std::map<uintptr_t, size_t> memory; // global memory that kernels may tou
     std::abort();
 }
 
-inline void check_global(const void * p, size_t n, size_t align) {
+inline bool within(const std::map<uintptr_t, size_t> & all, uintptr_t at, size_t n) {
+    const auto it = all.upper_bound(at);
+    return it != all.begin() && at + n <= std::prev(it)->first + std::prev(it)->second;
+}
+
+inline void check_global(const void * p, size_t n, size_t align, bool constant = false) {
     const uintptr_t at = (uintptr_t) p;
-    auto it = memory.upper_bound(at);
-    if (it == memory.begin() || (--it, at + n > it->first + it->second)) {
+    if (!within(memory, at, n)) {
         fail("global access out of bounds");
+    }
+    if (unwaited && within(moving, at, n) && (constant || !now->current->waited)) {
+        fail(constant ? "what other kernels write is read as if it were constant" : "global access before grid_wait");
     }
     if (at % align != 0) {
         fail("misaligned global access");
@@ -257,6 +268,9 @@ ENTROPY_DEVICE int n_warps() { return (int) (simt::block_dim.x / 32); }
 ENTROPY_DEVICE void warp_sync()  { simt::meet_warp("warp_sync", 0, nullptr); }
 ENTROPY_DEVICE void block_sync() { simt::meet(simt::now->all, simt::now->current->id, "block_sync", 0, nullptr); }
 
+ENTROPY_DEVICE void grid_wait()    { simt::now->current->waited = true; }
+ENTROPY_DEVICE void grid_release() {}
+
 ENTROPY_DEVICE uint32_t warp_ballot(bool vote) {
     return simt::meet_warp("warp_ballot", vote, [](const uint32_t * v, int n) {
         uint32_t mask = 0;
@@ -326,7 +340,10 @@ ENTROPY_DEVICE T global_read(const T * from) {
 }
 
 template <typename T>
-ENTROPY_DEVICE T global_load(const T * from) { return global_read(from); }
+ENTROPY_DEVICE T global_load(const T * from) {
+    simt::check_global(from, sizeof(T), sizeof(T), true);
+    return *from;
+}
 
 template <typename T>
 ENTROPY_DEVICE void global_store(T * to, T value) {

@@ -492,22 +492,6 @@ bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const
     return done;
 }
 
-// Let the device of dst decode, so that few bytes cross the bus. False if it does not, or if the device layout does not fit: then the host
-// decodes.
-static bool decode_on_device(
-        const ggml_tensor * src, const llama_entropy_slabs & slabs, const ggml_tensor * dst, llama_entropy_lanes * lanes) {
-    if (!ggml_backend_entropy_dev_decode(src, nullptr, dst)) {
-        return false;
-    }
-    return each_lanes(src, slabs, lanes, [&](const ggml_tensor & coded, int64_t slab0, const uint8_t * bytes) {
-        ggml_tensor part = *dst;
-        part.ne[2] = coded.ne[2];
-        part.nb[3] = part.nb[2]*part.ne[2];
-        part.data  = (uint8_t *) dst->data + slab0*dst->nb[2];
-        return ggml_backend_entropy_dev_decode(&coded, bytes, &part);
-    });
-}
-
 void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
     const int64_t t_start = ggml_time_us();
     const size_t  n_plain = ggml_nbytes(dst);
@@ -519,24 +503,17 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
         check_f16(src, slabs, "to which mode load decodes it: use mode fused (GGML_ENTROPY_MODE=fused)");
     }
 
-    llama_entropy_lanes lanes;
-    int n_threads = 0;
+    // for a device, too: to bring the payload into its layout would take longer than to decode it (docs/cuda.md of EntroLLM-GGUF)
     const bool in_place = ggml_backend_buffer_is_host(dst->buffer);
-    if (in_place || !decode_on_device(src, slabs, dst, &lanes)) {
-        std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
-        uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
-
-        ggml_entropy_status status;
-        n_threads = llama_entropy_decode_slabs(slabs, dst->type, plain, &status);
-        if (status != GGML_ENTROPY_OK) {
-            throw_damaged(src, status);
-        }
-        if (!in_place) {
-            ggml_backend_tensor_set(dst, plain, 0, n_plain);
-        }
-    } else {
-        n_threads = lanes.n_threads;
-        decoded.n_on_device++;
+    std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
+    uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
+    ggml_entropy_status status;
+    const int n_threads = llama_entropy_decode_slabs(slabs, dst->type, plain, &status);
+    if (status != GGML_ENTROPY_OK) {
+        throw_damaged(src, status);
+    }
+    if (!in_place) {
+        ggml_backend_tensor_set(dst, plain, 0, n_plain);
     }
     if (mapped != nullptr) {
         drop_pages(mapped, ggml_nbytes(src));
@@ -559,10 +536,9 @@ std::string llama_entropy::reason() const {
 
 void llama_entropy::log_summary() const {
     if (decoded.n_tensors > 0) {
-        const std::string on_device = decoded.n_on_device > 0 ? format(", %d of them on the device", decoded.n_on_device) : "";
-        LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads%s (mode %s)\n", "llama_entropy",
+        LLAMA_LOG_INFO("%s: decoded %d entropy-coded tensors, %.2f MiB -> %.2f MiB, in %.2f s with %d threads (mode %s)\n", "llama_entropy",
             decoded.n_tensors, decoded.n_coded/1024.0/1024.0, decoded.n_plain/1024.0/1024.0, decoded.seconds, decoded.n_threads,
-            on_device.c_str(), reason().c_str());
+            reason().c_str());
     }
     if (fused.n_tensors > 0) {
         ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);

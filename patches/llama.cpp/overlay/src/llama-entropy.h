@@ -91,7 +91,6 @@ private:
         size_t n_coded   = 0; // bytes
         size_t n_plain   = 0;
         int    n_threads = 0; // most
-        int    n_on_device = 0; // that their device decoded
         double seconds   = 0;
     } decoded;
 

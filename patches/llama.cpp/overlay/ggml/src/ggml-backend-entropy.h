@@ -13,8 +13,6 @@
 //
 // In the memory of a device that is not the CPU such tensors have the device layout (ggml-entropy-lanes.h), with nb[2] the bytes of a slab in
 // it; in host memory they have the layout of the file. The model loader makes one from the other.
-//
-// A registry may also export ggml_backend_entropy_decode, which decodes a payload in host memory into a tensor on one of its devices.
 
 #pragma once
 
@@ -22,11 +20,6 @@
 #include "ggml-entropy.h"
 
 typedef bool (*ggml_backend_entropy_supports_op_t)(ggml_backend_dev_t device, const struct ggml_tensor * op);
-
-// coded: type, ne and nb in the device layout; payload: in that layout; dst: allocated, of a stock type. Returns when it is done; false if
-// dst's memory is not of a kind it knows or memory is short, and dst is as it was. payload = NULL only asks whether it would try; coded may
-// then be as in the file.
-typedef bool (*ggml_backend_entropy_decode_t)(const struct ggml_tensor * coded, const void * payload, const struct ggml_tensor * dst);
 
 static inline bool ggml_backend_entropy_is_in_op(const struct ggml_tensor * op) {
     if (ggml_entropy_is_type(op->type)) {
@@ -54,13 +47,4 @@ static inline bool ggml_backend_entropy_dev_declares(ggml_backend_dev_t device) 
 static inline bool ggml_backend_entropy_dev_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op) {
     const auto supports_op = ggml_backend_entropy_dev_get(device);
     return supports_op != nullptr && supports_op(device, op);
-}
-
-// Let the device of dst's buffer decode; false if the caller has to.
-static inline bool ggml_backend_entropy_dev_decode(const struct ggml_tensor * coded, const void * payload, const struct ggml_tensor * dst) {
-    ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(dst->buffer));
-    ggml_backend_reg_t reg    = device == nullptr ? nullptr : ggml_backend_dev_backend_reg(device);
-    const auto decode = reg == nullptr ? nullptr :
-        (ggml_backend_entropy_decode_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_decode");
-    return decode != nullptr && decode(coded, payload, dst);
 }

@@ -8,9 +8,8 @@
 // without asking the device; a small kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices
 // beyond go in chunks of rows.
 //
-// Three switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never);
-// GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID); and
-// GGML_ENTROPY_CUDA_LOAD=host, so that load mode decodes on the host.
+// Two switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never), and
+// GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID).
 //
 // Weights in a device's memory are in the device layout (ggml-entropy-lanes.h), which the model loader makes while it uploads them; in host
 // memory they are in the layout of the file. So the scheduler may not copy weights from host memory to a device for a large batch, as it
@@ -76,6 +75,13 @@ struct stream_launcher {
         allow_shared(kernel);
         kernel<<<grid, n_threads, n_shared, stream>>>(args);
         CUDA_CHECK(cudaGetLastError());
+    }
+
+    // As upstream's kernels that wait for themselves; GGML_CUDA_PDL=0 turns it off.
+    template <typename Args>
+    void early(void (*kernel)(Args), dim3 grid, int n_threads, int n_shared, const Args & args) const {
+        allow_shared(kernel);
+        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3((uint32_t) n_threads), n_shared, stream), args);
     }
 
     template <typename Args>
@@ -431,46 +437,9 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     }
 }
 
-// Decode a payload in the device layout from host memory into a tensor on a device: few bytes cross the bus and the device does the work.
-// Waits until it is done. False if dst is not simply memory of a device, if memory is short, or by the switch: then the host decodes.
-static bool decode_to(const ggml_tensor * coded, const void * payload, const ggml_tensor * dst) {
-    const char * env = std::getenv("GGML_ENTROPY_CUDA_LOAD");
-    if (env != nullptr && std::strcmp(env, "host") == 0) {
-        return false;
-    }
-    cudaPointerAttributes where;
-    if (cudaPointerGetAttributes(&where, dst->data) != cudaSuccess || where.type != cudaMemoryTypeDevice) {
-        (void) cudaGetLastError(); // not an error of ours
-        return false;
-    }
-    if (payload == nullptr) {
-        return true;
-    }
-    ggml_cuda_set_device(where.device);
-    const size_t n_bytes = ggml_nbytes(coded);
-    void * copy = nullptr;
-    if (cudaMalloc(&copy, n_bytes) != cudaSuccess) {
-        (void) cudaGetLastError();
-        return false;
-    }
-    CUDA_CHECK(cudaMemcpyAsync(copy, payload, n_bytes, cudaMemcpyHostToDevice, cudaStreamPerThread));
-    const entropy_rows_args args = {
-        (const uint8_t *) copy, (int64_t) coded->nb[2], 0, (uint8_t *) dst->data, (int64_t) dst->nb[1], (int64_t) dst->nb[2], nullptr,
-    };
-    const bool known = entropy_launch_decode(
-        stream_launcher{ cudaStreamPerThread }, coded->type, dst->type, args, entropy_ceil_div(coded->ne[1], ENTROPY_LANES),
-        coded->ne[0], coded->ne[1], coded->ne[2], tuning_of(where.device));
-    CUDA_CHECK(cudaStreamSynchronize(cudaStreamPerThread));
-    CUDA_CHECK(cudaFree(copy));
-    return known;
-}
-
 void * ggml_cuda_entropy_get_proc_address(const char * name) {
     if (std::strcmp(name, "ggml_backend_entropy_supports_op") == 0) {
         return (void *) supports_op;
-    }
-    if (std::strcmp(name, "ggml_backend_entropy_decode") == 0) {
-        return (void *) decode_to;
     }
     return nullptr;
 }

@@ -33,6 +33,21 @@ ENTROPY_DEVICE int  n_warps()    { return blockDim.x / 32; }
 ENTROPY_DEVICE void warp_sync()  { __syncwarp(); }
 ENTROPY_DEVICE void block_sync() { __syncthreads(); }
 
+// A kernel may be launched before the one ahead of it in its stream has ended (programmatic dependent launch, sm_90). It calls grid_wait
+// before it touches what other kernels write or read, its results too: then all that is ahead has ended and is seen. grid_release lets the
+// next kernel begin as soon as all blocks of this one have. Both do nothing in a kernel that was launched as usual.
+ENTROPY_DEVICE void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+ENTROPY_DEVICE void grid_release() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 ENTROPY_DEVICE uint32_t warp_ballot(bool vote)      { return __ballot_sync(0xFFFFFFFF, vote); }
 ENTROPY_DEVICE bool     warp_any(bool vote)         { return __any_sync(0xFFFFFFFF, vote); }
 ENTROPY_DEVICE bool     warp_all(bool vote)         { return __all_sync(0xFFFFFFFF, vote); }
@@ -92,13 +107,13 @@ ENTROPY_DEVICE T shared_read(uint32_t at) {
     return *(const T *) (entropy_shared + at);
 }
 
-// Weights are read once and activations by everyone; both never change while a kernel runs.
+// Weights, which never change while a kernel runs.
 template <typename T>
 ENTROPY_DEVICE T global_load(const T * from) {
     return __ldg(from);
 }
 
-// For types that __ldg does not know.
+// What other kernels write: not before grid_wait, and so not by a load that may move to any place.
 template <typename T>
 ENTROPY_DEVICE T global_read(const T * from) {
     return *from;

@@ -3,7 +3,8 @@
 // How kernels are launched: which instance, how many blocks and warps, how much shared memory. What a launch may depend on is what the host knows:
 // type, ne, nb, and the device. Everything else (tile_cols, modes) the kernels read from the slab.
 //
-// A launcher is a callable launcher(kernel, grid, n_threads, n_shared, args); on a GPU it launches, in the tests it runs fibers.
+// A launcher is a callable launcher(kernel, grid, n_threads, n_shared, args); on a GPU it launches, in the tests it runs fibers. Its member
+// `early`, with the same arguments, is for kernels that call grid_wait: they may begin before the kernel ahead has ended.
 
 #pragma once
 
@@ -35,7 +36,7 @@ static void entropy_launch_quantize(const Launcher & launcher, const entropy_qua
     const int64_t n_columns = args.columns.n_columns;
     const int64_t ny = std::min<int64_t>(n_columns, ENTROPY_MAX_GRID_YZ);
     const dim3 grid((uint32_t) entropy_ceil_div(args.columns.n_cols/32, n_warps), (uint32_t) ny, (uint32_t) entropy_ceil_div(n_columns, ny));
-    launcher(entropy_quantize_columns<TYPE>, grid, n_warps*32, 0, args);
+    launcher.early(entropy_quantize_columns<TYPE>, grid, n_warps*32, 0, args);
 }
 
 // n_rows: of both matrices; 0 for the second if there is none.
@@ -52,14 +53,14 @@ static void entropy_launch_mat_vec(
     const dim3 grid((uint32_t) (args.n_groups + entropy_ceil_div(n_rows[1], ENTROPY_LANES)), (uint32_t) ny, (uint32_t) nz);
     const int n_shared = entropy_mat_vec_shared_size(n_warps);
     switch (n_columns) {
-        case 1: launcher(entropy_mat_vec<TYPE, 1>, grid, n_warps*32, n_shared, args); break;
-        case 2: launcher(entropy_mat_vec<TYPE, 2>, grid, n_warps*32, n_shared, args); break;
-        case 3: launcher(entropy_mat_vec<TYPE, 3>, grid, n_warps*32, n_shared, args); break;
-        case 4: launcher(entropy_mat_vec<TYPE, 4>, grid, n_warps*32, n_shared, args); break;
-        case 5: launcher(entropy_mat_vec<TYPE, 5>, grid, n_warps*32, n_shared, args); break;
-        case 6: launcher(entropy_mat_vec<TYPE, 6>, grid, n_warps*32, n_shared, args); break;
-        case 7: launcher(entropy_mat_vec<TYPE, 7>, grid, n_warps*32, n_shared, args); break;
-        case 8: launcher(entropy_mat_vec<TYPE, 8>, grid, n_warps*32, n_shared, args); break;
+        case 1: launcher.early(entropy_mat_vec<TYPE, 1>, grid, n_warps*32, n_shared, args); break;
+        case 2: launcher.early(entropy_mat_vec<TYPE, 2>, grid, n_warps*32, n_shared, args); break;
+        case 3: launcher.early(entropy_mat_vec<TYPE, 3>, grid, n_warps*32, n_shared, args); break;
+        case 4: launcher.early(entropy_mat_vec<TYPE, 4>, grid, n_warps*32, n_shared, args); break;
+        case 5: launcher.early(entropy_mat_vec<TYPE, 5>, grid, n_warps*32, n_shared, args); break;
+        case 6: launcher.early(entropy_mat_vec<TYPE, 6>, grid, n_warps*32, n_shared, args); break;
+        case 7: launcher.early(entropy_mat_vec<TYPE, 7>, grid, n_warps*32, n_shared, args); break;
+        case 8: launcher.early(entropy_mat_vec<TYPE, 8>, grid, n_warps*32, n_shared, args); break;
         default: GGML_ABORT("%d columns", n_columns);
     }
 }

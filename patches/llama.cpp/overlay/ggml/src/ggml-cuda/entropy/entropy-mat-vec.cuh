@@ -63,7 +63,7 @@ struct entropy_routes {
             return 0;
         }
         for (int slot = 0; slot < n_slots; slot++) {
-            const int32_t expert = global_load(ids + slot*s0 + token*s1);
+            const int32_t expert = global_read(ids + slot*s0 + token*s1);
             if (expert >= 0 && expert < n_experts) {
                 return expert;
             }
@@ -88,6 +88,7 @@ struct entropy_quantize_args {
 // Grid: (units of a column / warps, columns). One warp quantizes one unit, as quantize_row_q8_0 does.
 template <ggml_type TYPE>
 __global__ void entropy_quantize_columns(const entropy_quantize_args args) {
+    grid_release();
     const int     unit   = blockIdx.x*n_warps() + warp_id();
     const int64_t column = blockIdx.y + (int64_t) blockIdx.z*gridDim.y;
     const int     n_units = args.columns.n_cols/32;
@@ -99,7 +100,8 @@ __global__ void entropy_quantize_columns(const entropy_quantize_args args) {
     const int64_t i2 = column / from.n1 % from.n2;
     const int64_t i3 = column / from.n1 / from.n2;
     const int     lane = lane_id();
-    float x = global_load(from.data + i1*from.s1 + i2*from.s2 + i3*from.s3 + unit*32 + lane);
+    grid_wait();
+    float x = global_read(from.data + i1*from.s1 + i2*from.s2 + i3*from.s3 + unit*32 + lane);
 
     // place of this lane's code among the unit's
     const int place = TYPE == GGML_TYPE_EQ4 ? lane/8*8 + lane%2*4 + lane%8/2 : lane;
@@ -168,9 +170,9 @@ struct entropy_dot {
             for (int c = 0; c < N_COLUMNS; c++) {
                 // all lanes read the same: one broadcast from the L1 cache
                 const int4 * block = (const int4 *) (next + term*term_stride + c*column_stride);
-                const int2   unit  = global_load((const int2 *) block);
-                const int4   a     = global_load(block + 1);
-                const int4   b     = global_load(block + 2);
+                const int2   unit  = global_read((const int2 *) block);
+                const int4   a     = global_read(block + 1);
+                const int4   b     = global_read(block + 2);
                 int32_t p = unit.y;
                 if constexpr (TYPE == GGML_TYPE_EQ8) {
                     p = dot_u8_s8(symbols[0], a.x, p);
@@ -207,7 +209,7 @@ static constexpr int entropy_mat_vec_shared_size(int n_warps) {
     return ENTROPY_TABLE_SIZE + n_warps*ENTROPY_RING_SIZE;
 }
 
-// What the table and the words wait for is asked for first, all at once. Little was gained by it (docs/cuda.md).
+// What the table and the words wait for is asked for first, all at once, while the kernels ahead may still be at work.
 template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
 ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const entropy_slab & slab, int group, int64_t column0, float * y, int64_t y1) {
     const uint32_t rings = ENTROPY_TABLE_SIZE;
@@ -222,6 +224,7 @@ ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const
     const float scale  = lane < slab.n_lanes(group) ? half_to_float(slab.scale(row)) : 0.0f;
     const float offset = N_TERMS > 1 && lane < slab.n_lanes(group) ? slab.offset(row)/-entropy_traits<TYPE>::zero : 0.0f;
     entropy_fill_table(slab);
+    grid_wait();
     block_sync();
 
     entropy_dot<TYPE, N_COLUMNS, N_TERMS> dot(columns, column0);
@@ -259,13 +262,15 @@ ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const
 // Grid: (row groups of both matrices, i2, i3) or (row groups, slots, tokens).
 template <ggml_type TYPE, int N_COLUMNS>
 __global__ void __launch_bounds__(N_COLUMNS <= 4 ? 1024 : 512, 1) entropy_mat_vec(const entropy_mat_vec_args args) {
+    grid_release();
     const int which = (int) blockIdx.x >= args.n_groups;
     const int group = (int) blockIdx.x - which*args.n_groups;
     int64_t i_slab  = blockIdx.y/args.planes_per_slab;
     int64_t column0 = (blockIdx.z*args.n2 + blockIdx.y)*args.n1;
     float * y       = args.y[which] + blockIdx.y*args.y2[which] + blockIdx.z*args.y3[which];
     if (args.ids != nullptr) {
-        const int32_t expert = global_load(args.ids + blockIdx.y*args.ids_s0 + blockIdx.z*args.ids_s1);
+        grid_wait(); // which weights come, other kernels decide
+        const int32_t expert = global_read(args.ids + blockIdx.y*args.ids_s0 + blockIdx.z*args.ids_s1);
         if (expert < 0 || expert >= args.n_experts) {
             return; // the whole block
         }
