@@ -83,8 +83,8 @@ def read_bandwidth(n_threads: int) -> float:
 
 
 def bench(run: Run) -> dict[str, float]:
-    """Tokens per second of a prompt of 512 and of generation, by llama-bench."""
-    arguments = ["-m", run.path, "-t", run.n_threads, "-p", "512", "-n", "16", "-r", "1", "-o", "json"]
+    """Tokens per second of a prompt of 512 and of generation, by llama-bench; on one core of generation alone, since a prompt takes long."""
+    arguments = ["-m", run.path, "-t", run.n_threads, "-p", "512" if run.n_threads > 1 else "0", "-n", "16", "-r", "1", "-o", "json"]
     records = json.loads(run_tool("llama-bench", arguments, model=run.path, mode=run.mode).stdout)
     return {"prompt" if record["n_prompt"] else "generation": record["avg_ts"] for record in records}
 
@@ -126,14 +126,16 @@ def main(folder: Path, out: Path) -> None:
     for i, run in enumerate(runs):
         base = next(j for j, one in enumerate(runs) if one.name == "Q8_0" and one.n_threads == run.n_threads)
         row: dict = {"name": run.name, "threads": run.n_threads, "bytes": sizes[run.name.split()[0]]}
-        for part in ("prompt", "generation"):
+        for part in rounds[0][i]:
             row[part] = [one[i][part] for one in rounds]
             row[f"{part}_of_q8_0"] = statistics.median(one[i][part] / one[base][part] for one in rounds)
         generation = statistics.median(row["generation"])
         resident = sizes["Q8_0"] if run.mode == "load" else row["bytes"]  # what a token reads: load mode decodes to Q8_0
         row["gb_per_second"] = resident * generation / 1e9
         rows.append(row)
-        told = f"prompt {statistics.median(row['prompt']):7.1f} ({row['prompt_of_q8_0']:.2f}), generation {generation:6.2f} ({row['generation_of_q8_0']:.2f})"
+        told = f"generation {generation:6.2f} ({row['generation_of_q8_0']:.2f})"
+        if "prompt" in row:
+            told += f", prompt {statistics.median(row['prompt']):7.1f} ({row['prompt_of_q8_0']:.2f})"
         print(f"{run.name:14} {run.n_threads} threads {row['bytes'] / 1e6:7.0f} MB  {told}, {row['gb_per_second']:5.1f} GB/s")
     batches = {run.name: batched(run) for run in runs if run.n_threads == N_THREADS[-1]}
     for name, speeds in batches.items():

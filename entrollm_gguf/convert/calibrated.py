@@ -14,11 +14,11 @@ from entrollm_gguf.convert.llama_cpp import SourceModel
 from entrollm_gguf.errors import ConversionError
 
 
-def to_gguf(gathered: Gathered, open_source: Callable[[], SourceModel]) -> Statistics:
+def to_gguf(gathered: Gathered, source: SourceModel) -> Statistics:
     """The converter class rearranges stand-ins for the weights: each row filled with the row's value, then each column, then all with the number of their Hessian.
 
     Args:
-        open_source: opens the model once more.
+        source: the folder that the statistics are of.
     Raises:
         ConversionError: no matrix of the GGUF has statistics.
     """
@@ -38,9 +38,9 @@ def to_gguf(gathered: Gathered, open_source: Callable[[], SourceModel]) -> Stati
 
         return handle
 
-    open_source().rearranged({name: one.columns[None, :] for name, one in modules.items()}, keep(columns, -2))
-    open_source().rearranged({name: one.rows[:, None] for name, one in modules.items()}, keep(rows, -1))
-    open_source().rearranged(
+    source.rearranged({name: one.columns[None, :] for name, one in modules.items()}, keep(columns, -2))
+    source.rearranged({name: one.rows[:, None] for name, one in modules.items()}, keep(rows, -1))
+    source.rearranged(
         {name: np.full((1, 1), number_of[one.hessian], np.float32) for name, one in modules.items()},
         keep(numbers, -1),
     )

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from entrollm_gguf.console import output_console
-from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES
+from entrollm_gguf.convert.recipes import DEFAULT_FOR_INTEGERS, DEFAULT_RECIPE, RECIPES
 from entrollm_gguf.errors import ConversionWarning
 
 if TYPE_CHECKING:
@@ -47,12 +47,17 @@ class SizeType(click.ParamType):
 @click.command(
     epilog=f"\b\nRecipes:\n{_RECIPE_HELP}\n\b\nExamples:\n  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf\n"
     "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --recipe EQ8-paper\n"
+    "  entrollm convert SmolLM2-135M-Instruct-F16.gguf smollm2.gguf\n"
     "  entrollm convert ./SmolLM2-135M-Instruct smollm2.gguf --bits 4.25 --calibration some-text.txt\n"
     "  entrollm convert ./SmolLM2-135M-Instruct --size 80MB --dry-run\n"
 )
-@click.argument("model_dir", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.argument("out_file", type=click.Path(path_type=Path), required=False)
-@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, metavar="NAME", help="How weights are quantized; see below.")
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help=f"How weights are quantized; see below. By default {DEFAULT_RECIPE}, or {DEFAULT_FOR_INTEGERS} where the weights are integers with a scale for each row.",
+)
 @click.option("--bits", type=click.FloatRange(1, 8), help="Bits per weight of all tensors together; the step is chosen for it, from below.")
 @click.option("--size", type=SizeType(), help="The same by the size of the whole file: bytes, or with a unit as in 80MB, 1.5GiB.")
 @click.option("--dry-run", is_flag=True, help="With --bits, --size or a recipe with bits: print what each tensor would take, and write nothing.")
@@ -72,9 +77,9 @@ class SizeType(click.ParamType):
 @click.option("--verbose", is_flag=True, help="Show what llama.cpp's converter logs.")
 @click.option("--list-architectures", is_flag=True, help="List what llama.cpp's converter knows, and stop.")
 def convert(
-    model_dir: Path | None,
+    model: Path | None,
     out_file: Path | None,
-    recipe: str,
+    recipe: str | None,
     bits: float | None,
     size: int | None,
     dry_run: bool,
@@ -90,10 +95,10 @@ def convert(
     verbose: bool,
     list_architectures: bool,
 ) -> None:
-    """Convert a Hugging Face model to an entropy-coded GGUF.
+    """Convert a Hugging Face model or a GGUF to an entropy-coded GGUF.
 
-    MODEL_DIR is a model folder as downloaded from the Hugging Face hub (config.json, tokenizer, safetensors). OUT_FILE appears only when it
-    is complete. The patched llama.cpp runs it (entrollm runtime build); entrollm decode turns it into a file for the stock one.
+    MODEL is a model folder as downloaded from the Hugging Face hub (config.json, tokenizer, safetensors), or a GGUF file: best in F16, BF16 or F32; what
+    was quantized before is coded with what it lost. OUT_FILE appears only when it is complete. The patched llama.cpp runs it (entrollm runtime build); entrollm decode turns it into a file for the stock one.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
     if not verbose:  # llama.cpp's classes set levels of their own
@@ -105,12 +110,11 @@ def convert(
 
         click.echo("\n".join(architectures()))
         return
-    if model_dir is None or (out_file is None and not dry_run):
-        raise click.UsageError("MODEL_DIR and OUT_FILE are needed; see --help")
+    if model is None or (out_file is None and not dry_run):
+        raise click.UsageError("MODEL and OUT_FILE are needed; see --help")
     if bits is not None and size is not None:
         raise click.UsageError("give --bits or --size, not both")
-    given = click.get_current_context().get_parameter_source("recipe") is not click.core.ParameterSource.DEFAULT
-    if given and (bits is not None or size is not None):
+    if recipe is not None and (bits is not None or size is not None):
         raise click.UsageError("give --recipe, --bits or --size: each says how large the file is to be")
     if calibration is not None and imatrix is not None:
         raise click.UsageError("give --calibration or --imatrix, not both")
@@ -138,10 +142,10 @@ def convert(
             bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
 
         if dry_run or out_file is None:
-            plan = pipeline.plan_model(model_dir, bits=bits, size=size, recipe=recipe, threads=threads, tile_cols=tile_cols, calibration=known, progress=on_progress)
+            plan = pipeline.plan_model(model, bits=bits, size=size, recipe=recipe, threads=threads, tile_cols=tile_cols, calibration=known, progress=on_progress)
         else:
             report = pipeline.convert_model(
-                model_dir,
+                model,
                 out_file,
                 recipe=recipe,
                 bits=bits,
@@ -238,6 +242,10 @@ def print_summary(report: ConversionReport, console: Console) -> None:
         table.add_row("coded matrices", "none: every matrix stays in a stock type")
     if line := _not_coded(report.tensors):
         table.add_row("not coded", line)
+    if kept := [t for t in report.tensors if t.scheme == "as-in-checkpoint"]:
+        rounded = max(t.scale_error for t in kept)
+        how = f"their scales rounded to f16, by {rounded:.1e} at most" if rounded else "with their scales"
+        table.add_row("kept codes", f"of {len(kept)} matrices by bit, {how}")
     types = Counter(t.type_name for t in report.tensors)
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in types.most_common()))
     for record in report.tensors:

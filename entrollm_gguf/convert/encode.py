@@ -24,6 +24,7 @@ class TensorRecord:
     entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
     coded_bits: int | None = None  # of the codes alone
     coarse_rows: int = 0  # rows too small for an f16 scale, whose weights are all but lost
+    scale_error: float = 0.0  # of a checkpoint's own scales, by rounding to f16, relative
 
     @property
     def n_elements(self) -> int:
@@ -68,6 +69,7 @@ def encode_tensor(
         raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
     except QuantizeError as error:
         raise Unquantizable(str(error)) from error
+    kind = quantized.kind or kind
     encoded = codec.encode(
         kind, quantized.codes, quantized.scales, quantized.offsets, name=name, tile_cols=tile_cols, threads=threads
     )  # fmt: skip
@@ -76,6 +78,6 @@ def encode_tensor(
         raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")
     record = TensorRecord(
         name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, encoded.entropy_bits, encoded.coded_bits,
-        quantized.n_coarse,
+        quantized.n_coarse, quantized.scale_error,
     )  # fmt: skip
     return encoded.payload, record

@@ -14,8 +14,9 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from entrollm_gguf.convert.model_card import tolerant_metadata
 from entrollm_gguf.convert.upstream_errors import one_line_errors, tokenizer_errors, why_not_loadable
 from entrollm_gguf.errors import ConversionError, UnsupportedModelError
 from entrollm_gguf.gguf_io.loader import why_not_loaded
+from entrollm_gguf.gguf_io.metadata import add_keys
 from entrollm_gguf.gguf_io.output import StreamedTensor
 from entrollm_gguf.gguf_io.patched import import_gguf
 
@@ -50,19 +52,36 @@ class Outline:
     quantized: frozenset[str]  # tensors whose weights are no floats, so that nothing can be multiplied into them
 
 
+class Integers(Enum):
+    """What scales the integers of a quantized checkpoint have."""
+
+    ROWS = "one for each row"
+    GROUPS = "one for each group of columns"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the output in its final type."""
+
+    name: str
+    tensor: Any  # has shape, dtype, nbytes and tofile, as gguf's writer wants it
+    raw_shape: tuple[int, ...]  # of bytes where dtype is uint8
+    ggml_type: int
+
+
 class SourceModel:
-    """A Hugging Face model folder, opened by the converter class of its architecture.
+    """A Hugging Face model folder, opened by the converter class of its architecture. All can be asked for any number of times.
 
     Args:
         folder: holds config.json, the tokenizer and safetensors (or pytorch .bin) files, as `check_checkpoint` wants them.
-        out_path: the file that `write_file` writes.
     Raises:
         ConversionError: files that the converter class does not take.
         UnsupportedModelError: llama.cpp's converter does not know the architecture.
     """
 
-    def __init__(self, folder: Path, out_path: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._header: dict[str, Any] | None = None  # metadata and vocabulary, from `rehearse`
         self._gguf = import_gguf()
         conversion = _import_conversion()
         logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
@@ -76,14 +95,28 @@ class SourceModel:
                     f"{folder}: architecture {architecture} is not known to llama.cpp's converter; "
                     "its list: entrollm convert --list-architectures"
                 ) from error
-            # BF16 here marks the tensors that upstream would quantize; each_tensor hands them over unrounded. Braces in the name are fields to fill
-            escaped = out_path.with_name(out_path.name.replace("{", "{{").replace("}", "}}"))
-            self._model = model_class(folder, self._gguf.LlamaFileType.MOSTLY_BF16, escaped)
+            # BF16 here marks the tensors that upstream would quantize; each_tensor hands them over unrounded. The file is named when it is written
+            self._open = functools.partial(model_class, folder, self._gguf.LlamaFileType.MOSTLY_BF16, folder / "unnamed.gguf")
+            self._model = self._open()  # for questions; what goes through the tensors uses one up
 
     def n_elements(self) -> int:
         """Weights in the model's files, for progress."""
         with one_line_errors(self.folder, self._model.hparams):
             return sum(math.prod(generate().shape) for generate in self._model.model_tensors.values())
+
+    @property
+    def integers(self) -> Integers | None:
+        """Whether the weights are integers already: int8 and int4 of compressed-tensors and GPTQ."""
+        config = self._model.hparams.get("quantization_config") or {}
+        method = config.get("quant_method")
+        if method == "gptq":
+            return Integers.ROWS if config.get("group_size") == -1 else Integers.GROUPS
+        groups = config.get("config_groups")
+        if method == "compressed-tensors" and isinstance(groups, dict):
+            weights = [(one.get("weights") or {}) for one in groups.values() if isinstance(one, dict)]
+            if weights and all(one.get("type", "int") == "int" for one in weights):
+                return Integers.ROWS if all(one.get("strategy") == "channel" for one in weights) else Integers.GROUPS
+        return None
 
     def names(self) -> set[str]:
         """Of the weights, as the checkpoint has them."""
@@ -98,9 +131,17 @@ class SourceModel:
         Raises:
             ConversionError: damaged files; whatever `handle` raises passes through.
         """
+        self._go_through(self._reopened(), handle)
+
+    def _reopened(self) -> Any:
+        with one_line_errors(self.folder, self._model.hparams):
+            return self._open()
+
+    def _go_through(self, model: Any, handle: Callable[[str, Any, int | None], None]) -> None:
+        """`each_tensor` of an instance of the converter class, which is used up."""
         import torch
 
-        writer = self._model.gguf_writer
+        writer = model.gguf_writer
         round_as_upstream = self._gguf.quants.quantize
 
         seen: set[str] = set()
@@ -117,8 +158,8 @@ class SourceModel:
 
         writer.add_tensor = add_tensor
         try:
-            with torch.inference_mode(), _quantize_by(self._gguf, keep_floats), one_line_errors(self.folder, self._model.hparams):
-                self._model.prepare_tensors()
+            with torch.inference_mode(), _quantize_by(self._gguf, keep_floats), one_line_errors(self.folder, model.hparams):
+                model.prepare_tensors()
         finally:
             del writer.add_tensor
 
@@ -128,7 +169,7 @@ class SourceModel:
         return ", ".join(sorted(one for one in self._model.model_tensors if find(one, try_suffixes=(".weight", ".bias")) == name)) or "several weights"
 
     def outline(self) -> Outline:
-        """Every tensor; no weights are read. The model cannot be used again."""
+        """Every tensor; no weights are read."""
         shapes: dict[str, tuple[int, ...]] = {}
         quantized: set[str] = set()
 
@@ -145,7 +186,7 @@ class SourceModel:
 
         Args:
             values: by the checkpoint's name, f32 that broadcasts to the weight's shape. All else is NaN.
-            handle: called with the GGUF name and an f32 array of the tensor's shape. The model cannot be used again.
+            handle: called with the GGUF name and an f32 array of the tensor's shape.
         Raises:
             ConversionError: as each_tensor.
         """
@@ -159,15 +200,15 @@ class SourceModel:
             fits = given is not None and len(shape) == 2 and all(n in (1, m) for n, m in zip(given.shape, shape, strict=True))
             return lambda: lazy.from_eager(torch.from_numpy(given if fits else nothing).expand(shape))
 
-        tensors = self._model.model_tensors
-        self._model.model_tensors = {name: stand_in(name, tuple(generate().shape)) for name, generate in tensors.items()}
+        model = self._reopened()
+        model.model_tensors = {name: stand_in(name, tuple(generate().shape)) for name, generate in model.model_tensors.items()}
 
         def evaluated(name: str, data: Any, _: int | None) -> None:
             array = evaluate(data)
             if array.dtype in (np.float16, np.float32):
                 handle(name, array)
 
-        self.each_tensor(evaluated)
+        self._go_through(model, evaluated)
 
     @property
     def architecture(self) -> str:
@@ -181,42 +222,67 @@ class SourceModel:
         n_kv = hparams.get("num_key_value_heads", n)
         return (n, n_kv) if isinstance(n, int) and isinstance(n_kv, int) and n_kv > 0 and n % n_kv == 0 else None
 
-    def add_tensor(self, name: str, tensor: Any, raw_shape: tuple[int, ...], raw_dtype: int) -> None:
-        """Declare a tensor of the output in its final type; `tensor` has shape, dtype, nbytes and tofile. raw_shape counts bytes where dtype is uint8."""
-        self._model.gguf_writer.add_tensor(name, tensor, raw_shape=raw_shape, raw_dtype=raw_dtype)
+    def rehearse(self) -> None:
+        """See whether llama.cpp would load the file, before any weight is read: metadata, vocabulary, and all tensors that it asks for with their shapes.
 
-    def rehearse(self) -> dict[str, Any]:
-        """See whether llama.cpp would load the file, before any weight is read: metadata, vocabulary, and all tensors that it asks for with their shapes. The model cannot be used again.
-
-        Returns:
-            what `write_file` of the same model needs not make again.
         Raises:
             ConversionError: llama.cpp would not load it, naming what is missing or does not fit.
         """
-        types, found = self._gguf.GGMLQuantizationType, []
-        self.each_tensor(lambda name, data, ggml_type: found.append((name, tuple(data.shape), data.dtype, ggml_type)))
-        for name, shape, dtype, ggml_type in found:
+        types, outputs, shapes = self._gguf.GGMLQuantizationType, [], {}
+
+        def declare(name: str, data: Any, ggml_type: int | None) -> None:
+            shapes[name] = shape = tuple(data.shape)
+            dtype = data.dtype
             if ggml_type == types.BF16 and dtype != np.uint8:
                 shape, dtype = self._gguf.quant_shape_to_byte_shape(shape, ggml_type), np.dtype(np.uint8)
             n_bytes = math.prod(shape) * dtype.itemsize
-            self.add_tensor(name, StreamedTensor(shape, dtype, n_bytes, functools.partial(_skip, n_bytes)), shape, ggml_type)
+            outputs.append(Output(name, StreamedTensor(shape, dtype, n_bytes, functools.partial(_skip, n_bytes)), shape, ggml_type))
+
+        self.each_tensor(declare)
+        model = self._reopened()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rehearsal.gguf"
             try:
-                self.write_file({}, self._gguf.LlamaFileType.MOSTLY_BF16, path)
+                self._write(model, path, outputs, {}, self._gguf.LlamaFileType.MOSTLY_BF16)
             except OSError:
                 reason = None  # a file system without room for it tells nothing of the model
             else:
                 reason = why_not_loaded(path)
-        header = self._model.gguf_writer.kv_data[0]
+        header = model.gguf_writer.kv_data[0]
         if reason is not None:
             tokens = header.get("tokenizer.ggml.tokens")
-            shapes = {name: shape for name, shape, *_ in found}
-            raise ConversionError(why_not_loadable(self.folder, reason, shapes, len(tokens.value) if tokens else 0, self._model.block_count))
-        return header
+            raise ConversionError(why_not_loadable(self.folder, reason, shapes, len(tokens.value) if tokens else 0, model.block_count))
+        self._header = header
 
-    def _prepare_metadata(self) -> None:
-        model = self._model
+    def write_file(self, path: Path, outputs: Iterable[Output], metadata: dict[str, Any], file_type: int) -> None:
+        """Metadata, tokenizer and tensors.
+
+        Args:
+            metadata: further keys; str, int, or list of str.
+            file_type: general.file_type.
+        Raises:
+            ConversionError: no metadata or vocabulary can be made of the folder, if `rehearse` did not see it.
+        """
+        self._write(self._reopened(), path, outputs, metadata, file_type)
+
+    def _write(self, model: Any, path: Path, outputs: Iterable[Output], metadata: dict[str, Any], file_type: int) -> None:
+        writer = model.gguf_writer
+        for one in outputs:
+            writer.add_tensor(one.name, one.tensor, raw_shape=one.raw_shape, raw_dtype=one.ggml_type)
+        if self._header is None:
+            self._prepare_metadata(model)
+        else:
+            writer.kv_data[0] = dict(self._header)
+        for values in writer.kv_data:  # one dictionary per output file
+            values.pop("general.file_type", None)  # the converter class wrote its own; the writer warns of a second one
+        add_keys(writer, metadata, file_type)
+        writer.write_header_to_file(path=path)
+        with one_line_errors(self.folder, model.hparams):  # a number where config.json has a word shows here
+            writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+        writer.close()
+
+    def _prepare_metadata(self, model: Any) -> None:
         set_vocab = model.set_vocab
 
         def set_vocab_explained() -> None:
@@ -226,35 +292,6 @@ class SourceModel:
         model.set_vocab = set_vocab_explained
         with one_line_errors(self.folder, model.hparams), tolerant_metadata(self.folder):
             model.prepare_metadata(vocab_only=False)
-
-    def write_file(self, metadata: dict[str, Any], file_type: int, path: Path, header: dict[str, Any] | None = None) -> None:
-        """Metadata, tokenizer and all declared tensors into the output.
-
-        Args:
-            metadata: further keys; str, int, or list of str.
-            file_type: general.file_type.
-            header: from `rehearse`; made here where it is not given.
-        """
-        writer = self._model.gguf_writer
-        if header is None:
-            self._prepare_metadata()
-        else:
-            writer.kv_data[0] = dict(header)
-        for values in writer.kv_data:  # one dictionary per output file
-            values.pop("general.file_type", None)  # the converter class wrote its own; the writer warns of a second one
-        writer.add_file_type(file_type)
-        for key, value in metadata.items():
-            if isinstance(value, list):
-                writer.add_array(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            else:
-                writer.add_string(key, value)
-        writer.write_header_to_file(path=path)
-        with one_line_errors(self.folder, self._model.hparams):  # a number where config.json has a word shows here
-            writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=False)
-        writer.close()
 
 
 def _skip(n_bytes: int, file: BinaryIO) -> None:

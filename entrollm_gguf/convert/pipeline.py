@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A Hugging Face model into an entropy-coded GGUF, tensor by tensor.
+"""A Hugging Face model or a GGUF into an entropy-coded GGUF, tensor by tensor.
 
-Order of work: the converter classes hand over one tensor after the other; each is encoded on a thread pool and its payload spilled to a temporary file;
+Order of work: the source hands over one tensor after the other; each is encoded on a thread pool and its payload spilled to a temporary file;
 at the end the GGUF is written from the spill. Memory holds the tensors in flight only, whose weights are bounded.
 """
 
@@ -12,9 +12,9 @@ import functools
 import math
 import os
 import signal
-import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +26,13 @@ import numpy as np
 
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.budget import FINEST, Survey, Target, corrected, find_target, step_for
-from entrollm_gguf.convert.checkpoint import check_checkpoint
 from entrollm_gguf.convert.encode import TensorRecord
-from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
+from entrollm_gguf.convert.llama_cpp import Integers, Output, evaluate
 from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
-from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RATE, Recipe, find_recipe
+from entrollm_gguf.convert.recipes import DEFAULT_FOR_INTEGERS, DEFAULT_RECIPE, RATE, Recipe, find_recipe
+from entrollm_gguf.convert.source import Source, check_source, open_source
 from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, chunked_record, finish_tensor
-from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.errors import ConversionError, ConversionWarning
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import QUANTIZERS
@@ -94,7 +94,6 @@ class _Part:
 class _Encoded:
     """All tensors of a model, ready to be written."""
 
-    source: SourceModel
     spill: SpillFile
     parts: list[_Part]
 
@@ -102,6 +101,13 @@ class _Encoded:
     def n_bytes(self) -> int:
         """Of all tensors."""
         return sum(part.size for part in self.parts)
+
+    def outputs(self) -> Iterator[Output]:
+        """Read from the spill when they are written."""
+        for part in self.parts:
+            copy = functools.partial(self.spill.copy_to, at=part.at, size=part.size)
+            tensor = StreamedTensor(*_declared(part), part.size, copy)
+            yield Output(part.record.name, tensor, tensor.shape, part.ggml_type)
 
     def close(self) -> None:
         """Give the disk space back."""
@@ -117,10 +123,10 @@ class _Job:
 
 
 def convert_model(
-    model_dir: str | Path,
+    model: str | Path,
     out_path: str | Path,
     *,
-    recipe: str = DEFAULT_RECIPE,
+    recipe: str | None = None,
     bits: float | None = None,
     size: int | None = None,
     threads: int | None = None,
@@ -129,12 +135,12 @@ def convert_model(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert a Hugging Face model folder to an entropy-coded GGUF.
+    """Convert a Hugging Face model folder or a GGUF to an entropy-coded GGUF.
 
     Args:
-        model_dir: config.json, tokenizer files and safetensors (or pytorch .bin) weights.
+        model: a folder with config.json, tokenizer files and safetensors (or pytorch .bin) weights; or a GGUF of stock types, the first part of a split one.
         out_path: the GGUF; appears only when complete.
-        recipe: a name from `RECIPES`; not looked at where bits or size is given. Its bits are those of the entropy-coded matrices, reached as nearly as they can be.
+        recipe: a name from `RECIPES`; not looked at where bits or size is given. None: EQ8-kept where the checkpoint's weights are integers that can be kept, else EQ8. A recipe's bits are those of the entropy-coded matrices, reached as nearly as they can be.
         bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it. Less comes out where the finest step needs less.
         size: bytes of the whole file, the same way.
         threads: None for all cores.
@@ -149,42 +155,42 @@ def convert_model(
         RuntimeMissingError: the patched runtime is not installed.
     """
     started = time.monotonic()
-    chosen, rate = _choose(recipe, bits, size, calibration)
     out = Path(out_path)
-    _check_arguments(bits, size, tile_cols)
+    _check_arguments(recipe, bits, size, tile_cols)
     check_output(out, force)
-    check_checkpoint(Path(model_dir))
+    model = Path(model)
+    check_source(model)
+    if model.is_file() and out.resolve() == model.resolve():
+        raise ConversionError(f"{out}: input and output are the same file")
+    source = open_source(model)
+    chosen, rate = _choose(recipe, bits, size, calibration, source)
     with atomic_output(out, force) as temporary:
-        header = SourceModel(Path(model_dir), temporary).rehearse()
-        basis = prepare(Path(model_dir), calibration, temporary, threads=threads, progress=progress)
+        source.rehearse()
+        basis = prepare(source, model, calibration, threads=threads, progress=progress)
 
         def encode(treat: Callable[[str], Treatment]) -> _Encoded:
-            return _encode_all(Path(model_dir), temporary, treat, basis.folding, threads, tile_cols, progress)
+            return _encode_all(source, temporary.parent, treat, basis.folding, threads, tile_cols, progress)
 
         if chosen.quantizer == RATE.quantizer:
-            survey = survey_model(model_dir, temporary, basis, threads=threads, progress=progress)
+            survey = survey_model(source, basis, threads=threads, progress=progress)
             target = find_target(survey, bits=bits, size=size, rate=rate)
             encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step_for(survey, target))
         else:
             encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer]))
         with contextlib.closing(encoded):
             records = tuple(part.record for part in encoded.parts)
-            for part in encoded.parts:
-                copy = functools.partial(encoded.spill.copy_to, at=part.at, size=part.size)
-                tensor = StreamedTensor(*_declared(part), part.size, copy)
-                encoded.source.add_tensor(part.record.name, tensor, tensor.shape, part.ggml_type)
             file_type = import_gguf().LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
-            encoded.source.write_file(metadata(chosen, records, basis), file_type, temporary, header)
+            source.write_file(temporary, encoded.outputs(), metadata(chosen, records, basis), file_type)
         n_bytes = temporary.stat().st_size
     return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started, rate)
 
 
 def plan_model(
-    model_dir: str | Path,
+    model: str | Path,
     *,
     bits: float | None = None,
     size: int | None = None,
-    recipe: str = DEFAULT_RECIPE,
+    recipe: str | None = None,
     threads: int | None = None,
     tile_cols: int | None = None,
     calibration: Calibration | None = None,
@@ -195,16 +201,16 @@ def plan_model(
     Raises:
         ConversionError, UnsupportedModelError: as convert_model.
     """
-    chosen, rate = _choose(recipe, bits, size, calibration)
+    _check_arguments(recipe, bits, size, tile_cols)
+    model = Path(model)
+    check_source(model)
+    source = open_source(model)
+    chosen, rate = _choose(recipe, bits, size, calibration, source)
     if chosen.quantizer != RATE.quantizer:
         raise ConversionError(f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits")
-    _check_arguments(bits, size, tile_cols)
-    check_checkpoint(Path(model_dir))
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder) / "header.gguf"
-        SourceModel(Path(model_dir), scratch).rehearse()
-        basis = prepare(Path(model_dir), calibration, scratch, threads=threads, progress=progress)
-        survey = survey_model(model_dir, scratch, basis, threads=threads, progress=progress)
+    source.rehearse()
+    basis = prepare(source, model, calibration, threads=threads, progress=progress)
+    survey = survey_model(source, basis, threads=threads, progress=progress)
     step = step_for(survey, find_target(survey, bits=bits, size=size, rate=rate))
     steps = {name: step * survey.factor(name) for name in survey.profiles}
     planned = [
@@ -215,18 +221,30 @@ def plan_model(
     return Plan(step, tuple(planned), n_bytes + survey.metadata_bytes, n_bytes * 8 / survey.n_weights)
 
 
-def _choose(recipe: str, bits: float | None, size: int | None, calibration: Calibration | None) -> tuple[Recipe, float | None]:
+def _choose(
+    recipe: str | None, bits: float | None, size: int | None, calibration: Calibration | None, source: Source
+) -> tuple[Recipe, float | None]:
     """The recipe, and its bits per coded weight where neither bits nor size is given."""
+    if source.integers is Integers.GROUPS:
+        warnings.warn(
+            "the weights are integers with a scale for each group of columns, which this format cannot keep: they are quantized once more, "
+            "and both errors add up",
+            ConversionWarning,
+            stacklevel=3,
+        )
     if bits is not None or size is not None:
         return RATE, None
-    chosen = find_recipe(recipe)
+    keep = source.integers is Integers.ROWS and calibration is None
+    chosen = find_recipe(recipe or (DEFAULT_FOR_INTEGERS if keep else DEFAULT_RECIPE))
     if calibration is not None and chosen.bits is None:
         raise ConversionError(f"{chosen.name} has a fixed grid and no use for calibration; it is for --bits, --size and recipes with bits")
     # an importance matrix alone does not make up for fewer bits
     return chosen, chosen.bits_for(calibration is not None and calibration.imatrix is None)
 
 
-def _check_arguments(bits: float | None, size: int | None, tile_cols: int | None) -> None:
+def _check_arguments(recipe: str | None, bits: float | None, size: int | None, tile_cols: int | None) -> None:
+    if recipe is not None:
+        find_recipe(recipe)
     if tile_cols is not None and (tile_cols % 32 or not 32 <= tile_cols <= 1024):
         raise ConversionError(f"tile_cols {tile_cols}: must be a multiple of 32 from 32 to 1024")
     if bits is not None and size is not None:
@@ -286,25 +304,25 @@ def _encode_to_size(encode: Callable[[float], _Encoded], survey: Survey, target:
 
 
 def _encode_all(
-    model_dir: Path,
-    scratch: Path,
+    source: Source,
+    folder: Path,
     treat: Callable[[str], Treatment],
     folding: Folding,
     threads: int | None,
     tile_cols: int | None,
     progress: Progress | None,
 ) -> _Encoded:
-    """All tensors of the model, encoded and spilled, in the converter's order."""
-    source, spill = SourceModel(model_dir, scratch), SpillFile(scratch.parent)
+    """All tensors of the model, encoded and spilled, in the source's order."""
+    spill = SpillFile(folder)
     try:
-        return _Encoded(source, spill, _spill_all(source, spill, treat, folding, threads, tile_cols, progress))
+        return _Encoded(spill, _spill_all(source, spill, treat, folding, threads, tile_cols, progress))
     except BaseException:
         spill.close()
         raise
 
 
 def _spill_all(
-    source: SourceModel,
+    source: Source,
     spill: SpillFile,
     treat: Callable[[str], Treatment],
     folding: Folding,

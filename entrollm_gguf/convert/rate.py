@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,16 +25,20 @@ from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.recipes import RATE, Recipe
+from entrollm_gguf.convert.source import Source, as_folder
 from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, chunked_record, finish_tensor, keep
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import NotFiniteError, Profile, QuantizeError, profile, quantize_step
 from entrollm_gguf.quant.feedback import workspace
 from entrollm_gguf.quant.fold import EXPONENT, Folding, plan_folding
+from entrollm_gguf.texts import read_text
 
 Progress = Callable[[int, int, str], None]
 
 FORMAT_VERSION = 2
+
+_SAMPLE = 4000  # characters of a text by which a GGUF's vocabulary is compared
 
 # as long as any that `quantize_step` makes
 _SOME_SCHEME = "step-0.0000-rows-feedback"
@@ -69,32 +74,32 @@ class Basis:
 
 
 def prepare(
-    model_dir: Path, calibration: Calibration | None, scratch: Path, *, threads: int | None = None, progress: Progress | None = None
+    source: Source, path: Path, calibration: Calibration | None, *, threads: int | None = None, progress: Progress | None = None
 ) -> Basis:
     """Statistics, from the cache or gathered now, and the factors that follow from them.
 
     Args:
-        scratch: a file that may be overwritten.
+        path: of the source.
     Raises:
         ConversionError, FormatError: see `calibrate.gather` and `calibrate.read_imatrix`.
     """
     if calibration is None:
         return Basis(None, Folding())
-    outline = SourceModel(model_dir, scratch).outline()
+    outline = source.outline()
     shapes = outline.shapes
     if calibration.imatrix is not None:
         statistics = read_imatrix(calibration.imatrix)
         check_fit(calibration.imatrix, statistics, shapes)
     else:
-        gathered = gather(
-            model_dir, None if calibration.own_text else calibration.text,
-            n_sequences=calibration.n_sequences, seed=calibration.seed, threads=threads,
-            names=SourceModel(model_dir, scratch).names(), progress=progress,
-        )  # fmt: skip
-        statistics = to_gguf(gathered, lambda: SourceModel(model_dir, scratch))
+        text = None if calibration.own_text else calibration.text
+        with as_folder(path, None if text is None else read_text(text)[:_SAMPLE]) as folder:
+            readable = SourceModel(folder)
+            gathered = gather(
+                folder, text, n_sequences=calibration.n_sequences, seed=calibration.seed, threads=threads, names=readable.names(), progress=progress
+            )
+            statistics = to_gguf(gathered, readable)
     if not calibration.fold:
         return Basis(statistics, Folding())
-    source = SourceModel(model_dir, scratch)
     return Basis(statistics, plan_folding(source.architecture, shapes, source.heads(), statistics, untouchable=outline.quantized))
 
 
@@ -131,16 +136,14 @@ def _hessian(name: str, basis: Basis) -> Callable[[int], np.ndarray] | None:
     return load
 
 
-def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads: int | None = None, progress: Progress | None = None) -> Survey:
+def survey_model(source: Source, basis: Basis, *, threads: int | None = None, progress: Progress | None = None) -> Survey:
     """Look at every tensor once: what matrices cost at any step, and what all else takes.
 
     Args:
-        scratch: a file that may be overwritten, to measure the metadata.
         basis: from `prepare`.
     Raises:
         ConversionError, UnsupportedModelError: as for convert_model.
     """
-    source = SourceModel(Path(model_dir), scratch)
     total, done = source.n_elements(), 0
     profiles: dict[str, Profile] = {}
     kept: dict[str, TensorRecord] = {}
@@ -203,9 +206,12 @@ def survey_model(model_dir: str | Path, scratch: Path, basis: Basis, *, threads:
             finish_one()
     # a header of the same tensors without their data; each takes its name, shape, type and place
     records = [TensorRecord(name, "", one.shape, 0, _SOME_SCHEME) for name, one in profiles.items()] + list(kept.values())
-    source.write_file(metadata(RATE, tuple(records), basis), 0, scratch)
+    with tempfile.TemporaryDirectory() as folder:
+        header = Path(folder) / "header.gguf"
+        source.write_file(header, (), metadata(RATE, tuple(records), basis), 0)
+        n_header = header.stat().st_size
     infos = sum(len(record.name.encode()) + 8 + 4 + 8 * len(record.shape) + 4 + 8 for record in records)
-    return Survey(profiles, kept, scratch.stat().st_size + infos + 32 * (len(records) + 1), sensitivities, source.heads())
+    return Survey(profiles, kept, n_header + infos + 32 * (len(records) + 1), sensitivities, source.heads())
 
 
 def metadata(recipe: Recipe, records: tuple[TensorRecord, ...], basis: Basis) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def _whole(value: float | None) -> str:
 
 @click.command(
     epilog="\b\nExamples:\n  entrollm inspect model.gguf\n  entrollm inspect model.gguf --json > model.json\n  entrollm inspect model.gguf --plot model.png\n"
+    "  entrollm inspect model.gguf --card README.md\n"
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -47,17 +48,23 @@ def _whole(value: float | None) -> str:
     help="Also draw bits and entropy per layer, and codes with their lengths (.png, .svg, .pdf).",
 )
 @click.option("--plot-tensor", metavar="NAME", help="The tensor whose codes are drawn; the largest one of a layer by default.")
-@click.option("--force", is_flag=True, help="Replace PICTURE if it exists.")
+@click.option("--card", type=click.Path(path_type=Path), metavar="README.md", help="Also write a model card for the Hugging Face hub.")
+@click.option("--force", is_flag=True, help="Replace PICTURE or README.md if it exists.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | None, force: bool, threads: int | None) -> None:
+def inspect(
+    file: Path, as_json: bool, plot: Path | None, plot_tensor: str | None, card: Path | None, force: bool, threads: int | None
+) -> None:
     """Show the tensors of a GGUF: type, shape, size, bits per weight, entropy, code.
 
     The entropy is that of the integer codes, in bits per weight: what an ideal memoryless coder would need. In the file every weight has the
     "raw bits", which are all that most weights need. "tail %" of them go on in a tail, which has at most one bit for each of the "tail
     planes"; "far %" are so rare that a byte of their own follows the tail. FILE may be the first part of a split file.
     """
+    from entrollm_gguf.inspect.card import check_card_path, write_card
     from entrollm_gguf.inspect.report import inspect_file
 
+    if card:
+        check_card_path(card, force)
     with _bytes_bar(disable=as_json) as progress:
         report = inspect_file(file, threads=threads, progress=progress)
     if plot:
@@ -65,6 +72,9 @@ def inspect(file: Path, as_json: bool, plot: Path | None, plot_tensor: str | Non
 
         drawn = plot_file(report, plot, tensor=plot_tensor, force=force)
         click.echo(f"{plot}: layers, and codes of {printable(drawn)}", err=True)
+    if card:
+        write_card(card, report, force=force)
+        click.echo(f"{card}: a model card; upload both by `hf upload OWNER/NAME FOLDER`", err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))
         return

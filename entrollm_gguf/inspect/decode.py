@@ -14,15 +14,12 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.errors import ConversionError, FormatError
+from entrollm_gguf.gguf_io.metadata import copy_metadata
 from entrollm_gguf.gguf_io.output import StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
 
 Progress = Callable[[int, int, str], None]
-
-# Metadata that describes the coded file, or that the writer sets itself.
-_DROPPED_PREFIXES = ("entrollm.", "split.", "GGUF.")
-_DROPPED_KEYS = {"general.file_type", "general.architecture", "general.alignment"}
 
 _FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16", "Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1"}
 
@@ -70,7 +67,7 @@ def decode_file(
     gguf = import_gguf()
     with atomic_output(out, force) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
-        _copy_metadata(model, writer)
+        copy_metadata(model, writer)
         most_common = Counter(plain_types.values()).most_common(1)[0][0]
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most_common]])
         state = _Written(sum(e.n_bytes for e in entries), progress)
@@ -102,16 +99,6 @@ def _plain_type(model: ModelFile, entry: TensorEntry) -> str:
     payload = codec.Payload(entry.kind, entry.data, entry.shape, entry.name, label=f"{model.path}: tensor {entry.name}")
     payload.check_plain()
     return payload.header.plain_type
-
-
-def _copy_metadata(model: ModelFile, writer) -> None:
-    gguf = import_gguf()
-    for field in model.readers[0].fields.values():
-        if field.name.startswith(_DROPPED_PREFIXES) or field.name in _DROPPED_KEYS:
-            continue
-        value_type = field.types[0]
-        sub_type = field.types[-1] if value_type == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), value_type, sub_type=sub_type)
 
 
 def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, threads: int | None, state: _Written) -> None:

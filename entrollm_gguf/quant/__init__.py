@@ -2,6 +2,7 @@
 """Quantizers: float matrices to integer codes with coarse scales. One file per quantizer; `QUANTIZERS` names them."""
 
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer
+from entrollm_gguf.quant.kept import quantize_kept
 from entrollm_gguf.quant.mixed import quantize_mixed
 from entrollm_gguf.quant.paper import quantize_paper
 from entrollm_gguf.quant.profile import Profile, profile
@@ -13,6 +14,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "paper": quantize_paper,
     "mixed": quantize_mixed,
     "rows": quantize_rows,
+    "kept": quantize_kept,
 }
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "profile",
+    "quantize_kept",
     "quantize_mixed",
     "quantize_paper",
     "quantize_rows",

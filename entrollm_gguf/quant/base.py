@@ -40,6 +40,8 @@ class Quantized:
     offsets: np.ndarray | None  # f32, same shapes, or None: w = scale * q + offset
     scheme: str  # what was chosen, as recorded in the file's metadata
     n_coarse: int = 0  # rows that `count_coarse` found
+    kind: EntropyType | None = None  # where the codes decide on it; else what was asked for
+    scale_error: float = 0.0  # the largest relative rounding of scales that were given
 
 
 Quantizer = Callable[[np.ndarray, EntropyType, int | None], Quantized]

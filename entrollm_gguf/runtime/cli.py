@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`entrollm runtime build | info | tree | export`."""
+"""`entrollm runtime build | info | check | tree | export`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,29 @@ def info(as_json: bool) -> None:
     click.echo(f"compiler  {installed.compiler}; built in {installed.build_seconds:.0f} s")
     click.echo(f"package   {installed.folder}")
     click.echo(f"programs  {', '.join(installed.programs)}")
+
+
+@runtime.command(short_help="For developers: try the patches on another version of llama-cpp-python.")
+@click.option("--source", "sdist", type=click.Path(path_type=Path), required=True, help="A source distribution, llama_cpp_python-VERSION.tar.gz.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(sdist: Path, as_json: bool) -> None:
+    """For developers: try the overlay and every patch on another version of llama-cpp-python, and say which fails where.
+
+    The exit code is 1 if anything does not fit. docs/upgrading.md tells how to go on.
+    """
+    from entrollm_gguf.runtime.check import check_source
+
+    found = check_source(sdist)
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(found), "fits": found.fits}, indent=2))
+    else:
+        for one in found.patches:
+            said = f"fails at {', '.join(one.failures)}" if one.failures else "applies" + (f", moved by up to {one.offset} lines" if one.offset else "")
+            click.echo(f"{one.name}: {said}")
+        for name in found.overwritten:
+            click.echo(f"overlay: {name} is upstream's, too")
+    if not found.fits:
+        raise click.exceptions.Exit(1)
 
 
 @runtime.command(short_help="For developers: write the patched tree as a git repository.")

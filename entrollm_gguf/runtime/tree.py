@@ -46,11 +46,18 @@ def unpacked_source(sdist: Path, pin: Pin) -> Path:
     # builds of different kinds run side by side and share this folder
     with FileLock(cache_folder() / "sources.lock"):
         if not target.is_dir():
-            _unpack(sdist, target)
+            unpack(sdist, target)
     return target
 
 
-def _unpack(sdist: Path, target: Path) -> None:
+def unpack(sdist: Path, target: Path) -> None:
+    """A source distribution without what no build needs.
+
+    Args:
+        target: folder that does not exist yet, in one that does.
+    Raises:
+        BuildError: the archive is damaged, or holds no llama.cpp.
+    """
     # Python 3.11.2, which Debian 12 ships, has no filters yet; _wanted refuses by itself what could leave the folder
     filtering = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -90,13 +97,22 @@ def assemble(source: Path, patches: Path, target: Path) -> None:
     """
     shutil.copytree(source, target, copy_function=_link, symlinks=True)
     llama_cpp = target / LLAMA_CPP
+    add_overlay(patches, llama_cpp)
+    for patch in series(patches):
+        apply_patch(patch, llama_cpp)
+
+
+def add_overlay(patches: Path, llama_cpp: Path) -> list[Path]:
+    """Copy the overlay into a tree of llama.cpp; returns files that were there before."""
+    there = []
     for relative in overlay_files(patches):
         destination = llama_cpp / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
-        destination.unlink(missing_ok=True)  # never write through a hard link
+        if destination.exists():
+            there.append(relative)
+            destination.unlink()  # never write through a hard link
         shutil.copyfile(patches / "overlay" / relative, destination)
-    for patch in series(patches):
-        apply_patch(patch, llama_cpp)
+    return there
 
 
 def _link(source: str, destination: str) -> None:
@@ -106,18 +122,27 @@ def _link(source: str, destination: str) -> None:
         shutil.copy2(source, destination)
 
 
+def git() -> str:
+    """The program.
+
+    Raises:
+        BuildError: it is missing.
+    """
+    found = shutil.which("git")
+    if found is None:
+        raise BuildError("git is missing; it applies the patches (apt-get install git)")
+    return found
+
+
 def apply_patch(patch: Path, folder: Path) -> None:
     """Apply one git patch to a folder that is no repository.
 
     Raises:
         BuildError: git is missing or the patch does not apply.
     """
-    git = shutil.which("git")
-    if git is None:
-        raise BuildError("git is missing; it applies the patches (apt-get install git)")
     # without the ceiling, git would find a repository around the folder and silently skip the files
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
-    command = [git, "apply", "--whitespace=nowarn", str(patch.resolve())]
+    command = [git(), "apply", "--whitespace=nowarn", str(patch.resolve())]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no output"])[0]

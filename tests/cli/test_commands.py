@@ -10,13 +10,19 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import yaml
 from rewriting import key, rewrite, text
 
 import entrollm_gguf
+from entrollm_gguf import codec
 from entrollm_gguf.cli import _COMMANDS, main
 from entrollm_gguf.convert.recipes import RECIPES
+from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import open_model
+from entrollm_gguf.inspect.card import card_of
+from entrollm_gguf.inspect.report import inspect_file
 
 
 def test_help_of_every_command(capsys):
@@ -29,7 +35,7 @@ def test_help_of_every_command(capsys):
         assert page.startswith("Usage: entrollm") and len(page.splitlines()) > 5
     main(["runtime", "--help"])
     assert "..." not in capsys.readouterr().out.partition("Commands:")[2]  # lines that click cut
-    for sub in ("build", "info", "tree", "export"):
+    for sub in ("build", "info", "check", "tree", "export"):
         assert main(["runtime", sub, "--help"]) == 0
 
 
@@ -114,6 +120,46 @@ def test_verify_and_decode(converted, tmp_path, capsys):
     cut.write_bytes(path.read_bytes()[:-1])
     assert main(["verify", str(cut)]) == 1
     assert "cut.gguf" in capsys.readouterr().err
+
+
+def test_a_model_card(converted, tmp_path, capsys):
+    path, card = str(converted("qwen2_moe", "EQ8-mixed")), tmp_path / "README.md"
+    assert main(["inspect", path, "--card", str(card)]) == 0
+    page = card.read_text(encoding="utf-8")
+    front = yaml.safe_load(page.split("---")[1])
+    assert front["library_name"] == "gguf" and "entropy-coded" in front["tags"]
+    assert "EQ8-mixed" in page and os.path.basename(path) in page and "entrollm decode" in page
+    assert main(["inspect", path, "--card", str(card)]) == 1  # not replaced
+    assert main(["inspect", path, "--card", str(card), "--force"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", path, "--card", str(tmp_path / "model.gguf")]) == 1
+    assert "is an .md file" in capsys.readouterr().err
+    plain = tmp_path / "plain.gguf"
+    assert main(["decode", path, str(plain)]) == 0
+    assert main(["inspect", str(plain), "--card", str(tmp_path / "b.md")]) == 1
+    assert "no entropy-coded tensors" in capsys.readouterr().err and not (tmp_path / "b.md").exists()
+
+
+def test_what_a_card_takes_from_the_file(tmp_path):
+    """Names of the model and of what it was made from, in one line each whatever the file says."""
+    gguf = import_gguf()
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("A | name\nof two lines")
+    writer.add_license("apache-2.0")
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/owner/base")
+    weights = np.tile(np.arange(-32, 32, dtype=np.int8), (16, 1))
+    encoded = codec.encode(codec.EntropyType.EQ8, weights, np.ones(1, np.float16), name="a.weight")
+    writer.add_tensor("a.weight", encoded.payload, raw_shape=weights.shape, raw_dtype=gguf.GGMLQuantizationType.EQ8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    page = card_of(open_model(path), inspect_file(path))
+    front = yaml.safe_load(page.split("---")[1])
+    assert front["base_model"] == ["owner/base"] and front["license"] == "apache-2.0"
+    assert "# A / name of two lines" in page
 
 
 def test_plot(converted, tmp_path, capsys):

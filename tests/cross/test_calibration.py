@@ -111,9 +111,8 @@ def test_against_autograd(tiny_model, text, tmp_path, name):
 def test_rows_and_columns_under_gguf_names(tiny_model, tmp_path):
     """Each weight tells where it stands: llama.cpp's order of rows is not the checkpoint's (rotary halves)."""
     folder = tiny_model("llama").folder
-    scratch = tmp_path / "scratch.gguf"
     weights: dict[str, np.ndarray] = {}
-    SourceModel(folder, scratch).each_tensor(lambda name, data, _: weights.__setitem__(name, evaluate(data).astype(np.float32)))
+    SourceModel(folder).each_tensor(lambda name, data, _: weights.__setitem__(name, evaluate(data).astype(np.float32)))
     state = load(folder).state_dict()
     hessian = tmp_path / "h.npy"
     modules = {}
@@ -121,7 +120,7 @@ def test_rows_and_columns_under_gguf_names(tiny_model, tmp_path):
         w = state[name].numpy()
         modules[name] = ModuleStatistics(np.abs(w).mean(axis=0), np.abs(w).mean(axis=1), hessian)
     np.save(hessian, np.diag(modules["model.layers.0.self_attn.q_proj.weight"].columns))
-    statistics = to_gguf(Gathered("test", modules), lambda: SourceModel(folder, scratch))
+    statistics = to_gguf(Gathered("test", modules), SourceModel(folder))
     assert statistics.tensors.keys() == {"blk.0.attn_q.weight", "blk.1.ffn_up.weight"}
     for name, one in statistics.tensors.items():
         assert np.allclose(one.rows[0], np.abs(weights[name]).mean(axis=1), rtol=1e-5)
@@ -131,14 +130,14 @@ def test_rows_and_columns_under_gguf_names(tiny_model, tmp_path):
     assert statistics.tensors["blk.0.attn_q.weight"].hessians == (hessian,)
     assert statistics.tensors["blk.1.ffn_up.weight"].hessians is None  # a Hessian of other inputs
     np.save(hessian, np.eye(7, dtype=np.float32))  # of another shape
-    assert to_gguf(Gathered("test", modules), lambda: SourceModel(folder, scratch)).tensors["blk.0.attn_q.weight"].hessians is None
+    assert to_gguf(Gathered("test", modules), SourceModel(folder)).tensors["blk.0.attn_q.weight"].hessians is None
     with pytest.raises(ConversionError, match="names of the weights"):
-        to_gguf(Gathered("test", {"other": next(iter(modules.values()))}), lambda: SourceModel(folder, scratch))
+        to_gguf(Gathered("test", {"other": next(iter(modules.values()))}), SourceModel(folder))
 
 
 def test_experts_are_stacked(tiny_model, text, tmp_path):
     folder = tiny_model("qwen2_moe").folder
-    statistics = to_gguf(gather(folder, text, n_sequences=1), lambda: SourceModel(folder, tmp_path / "scratch.gguf"))
+    statistics = to_gguf(gather(folder, text, n_sequences=1), SourceModel(folder))
     one = statistics.tensors["blk.1.ffn_down_exps.weight"]
     assert one.columns.shape == (4, 96) and one.rows.shape == (4, 64) and len(set(one.hessians)) == 4
 
@@ -188,7 +187,7 @@ def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(gather_module, "_open", without_the_last_expert)
     out = tmp_path / "out.gguf"
     report = convert_model(folder, out, bits=5, calibration=Calibration(text=text, n_sequences=1))
-    statistics = to_gguf(gather(folder, text, n_sequences=1), lambda: SourceModel(folder, tmp_path / "scratch.gguf"))
+    statistics = to_gguf(gather(folder, text, n_sequences=1), SourceModel(folder))
     one = statistics.tensors["blk.0.ffn_up_exps.weight"]
     assert not one.columns[3].any() and one.columns[:3].any(axis=1).all()
     assert one.hessians[3] is None and np.array_equal(np.diagonal(one.hessian(3)), one.columns[:3].mean(axis=0))
@@ -222,12 +221,11 @@ def with_pictures(tiny_model, tmp_path_factory):
 
 def test_a_model_of_text_and_pictures(with_pictures, text, tmp_path):
     """The names are the converter's; what sees pictures takes neither memory nor disk."""
-    scratch = tmp_path / "scratch.gguf"
-    names = set(SourceModel(with_pictures, scratch)._model.model_tensors)
+    names = SourceModel(with_pictures).names()
     found = gather(with_pictures, text, n_sequences=1, names=names)
     assert not any("vision" in name or "language_model" in name for name in found.modules)
     assert not list((tmp_path / "cache").rglob("hessian-*vision*"))
-    statistics = to_gguf(found, lambda: SourceModel(with_pictures, scratch))
+    statistics = to_gguf(found, SourceModel(with_pictures))
     assert {"token_embd.weight", "blk.1.attn_q.weight", "blk.0.ffn_down.weight"} <= statistics.tensors.keys()
 
 

@@ -9,7 +9,7 @@ from models import FOR_FOLDING
 from running import logits
 
 from entrollm_gguf.calibrate import Statistics, TensorStatistics
-from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
+from entrollm_gguf.convert.llama_cpp import Output, SourceModel, evaluate
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant.fold import Folding, plan_folding
 
@@ -30,26 +30,25 @@ def random_statistics(shapes) -> Statistics:
     )
 
 
-def plan(folder, scratch) -> tuple[Folding, dict]:
-    shapes = SourceModel(folder, scratch).outline().shapes
-    source = SourceModel(folder, scratch)
+def plan(folder) -> tuple[Folding, dict]:
+    source = SourceModel(folder)
+    shapes = source.outline().shapes
     return plan_folding(source.architecture, shapes, source.heads(), random_statistics(shapes)), shapes
 
 
 def write_floats(folder, path, folding) -> None:
     """The model as an F32 GGUF."""
-    source, types = SourceModel(folder, path), import_gguf().GGMLQuantizationType
+    source, types = SourceModel(folder), import_gguf().GGMLQuantizationType
     tensors = {}
     source.each_tensor(lambda name, data, _: tensors.__setitem__(name, folding.apply(name, evaluate(data)).astype(np.float32)))
-    for name, data in tensors.items():
-        source.add_tensor(name, np.ascontiguousarray(data), data.shape, types.F32)
-    source.write_file({}, 0, path)
+    outputs = [Output(name, np.ascontiguousarray(data), data.shape, types.F32) for name, data in tensors.items()]
+    source.write_file(path, outputs, {}, 0)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_logits_are_unchanged(tiny_model, tmp_path, name):
     folder = tiny_model(name).folder
-    folding, shapes = plan(folder, tmp_path / "scratch.gguf")
+    folding, shapes = plan(folder)
     write_floats(folder, tmp_path / "plain.gguf", Folding())
     write_floats(folder, tmp_path / "folded.gguf", folding)
     # keys and values in F32: rounding to f16 would differ
@@ -68,14 +67,14 @@ def test_logits_are_unchanged(tiny_model, tmp_path, name):
 
 @pytest.mark.parametrize("name", NOT_FOLDED)
 def test_where_it_would_not_be_exact_nothing_is_folded(tiny_model, tmp_path, name):
-    folding, _ = plan(tiny_model(name).folder, tmp_path / "scratch.gguf")
+    folding, _ = plan(tiny_model(name).folder)
     assert not folding.columns and not folding.rows
 
 
 def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
     """A router that does not fit, a matrix without statistics: no half folding."""
     folder = tiny_model("llama").folder
-    shapes = SourceModel(folder, tmp_path / "scratch.gguf").outline().shapes
+    shapes = SourceModel(folder).outline().shapes
     statistics = random_statistics(shapes)
     odd = {**shapes, "blk.0.ffn_gate_inp.weight": (4, 64)}
     folding = plan_folding("llama", odd, (9, 3), statistics)
@@ -89,7 +88,7 @@ def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
 
 def test_weights_that_are_no_floats_are_not_folded(tiny_model, tmp_path):
     """Nothing can be multiplied into a quantized checkpoint's integers: neither what they read nor what they make is folded."""
-    shapes = SourceModel(tiny_model("llama").folder, tmp_path / "scratch.gguf").outline().shapes
+    shapes = SourceModel(tiny_model("llama").folder).outline().shapes
     statistics = random_statistics(shapes)
     for name, unfolded in (
         ("blk.0.attn_q.weight", {"blk.0.attn_norm.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight"}),

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from entrollm_gguf.cli import main
 from entrollm_gguf.errors import BuildError, FetchError, RuntimeMissingError
-from entrollm_gguf.runtime import builder, develop, fetch, locate, paths, tree
+from entrollm_gguf.runtime import builder, check, develop, fetch, locate, paths, tree
 from entrollm_gguf.runtime.builder import BuildOptions, Toolchain, runtime_hash
 from entrollm_gguf.runtime.pin import Pin, read_pin
 
@@ -316,3 +317,32 @@ def test_patches_are_numbered_in_tens_and_say_why():
         assert patch.name[:4].isdigit() and int(patch.name[:4]) % 10 == 0
         message = patch.read_text().split("\n---\n")[0].lower()
         assert "overlay" in message and "test" in message, f"{patch.name}: says not why it is no overlay, or which test proves it"
+
+
+def test_another_version_is_checked(patches, tmp_path, monkeypatch, capsys):
+    """Every patch is tried: one that fails says where, and the next ones go on."""
+    monkeypatch.setattr(check, "patches_folder", lambda: patches)
+    text = (patches / "series" / "0010-change.patch").read_text()
+    (patches / "series" / "0020-elsewhere.patch").write_text(text.replace("src/old.c", "src/gone.c"))
+    sdist = tmp_path / "p-2.tar.gz"
+
+    def pack(files: dict[str, str]) -> None:
+        with tarfile.open(sdist, "w:gz") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(f"p-2/vendor/llama.cpp/src/{name}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content.encode()))
+
+    pack({"old.c": "int old;\n", "new.c": "theirs\n"})
+    found = check.check_source(sdist)
+    fits, gone = found.patches
+    assert not fits.failures and gone.failures == ("src/gone.c (No such file or directory)",)
+    assert found.overwritten == ("src/new.c",) and not found.fits
+    assert main(["runtime", "check", "--source", str(sdist)]) == 1
+    said = capsys.readouterr().out
+    assert "0010-change.patch: applies" in said and "0020-elsewhere.patch: fails at src/gone.c" in said and "src/new.c is upstream's, too" in said
+    pack({"old.c": "int other;\n", "gone.c": "int old;\n"})
+    found = check.check_source(sdist)
+    assert [one.failures for one in found.patches] == [("src/old.c:1",), ()] and not found.overwritten
+    with pytest.raises(BuildError, match="no such file"):
+        check.check_source(tmp_path / "none.tar.gz")
