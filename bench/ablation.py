@@ -81,7 +81,10 @@ def main() -> None:
                     pipeline.convert_model(folder, path, bits=bits, calibration=calibration, force=True)
                 result = reference.compare(path)
                 rows.append({"bits": bits, "variant": name, "bits_per_weight": quality.tensor_bits(path), **dataclasses.asdict(result)})
-                print(f"{bits} {name:36} {rows[-1]['bits_per_weight']:.3f} bits per weight, KLD {result.kld_mean:.4f} +- {result.kld_error:.4f}", flush=True)
+                print(
+                    f"{bits} {name:36} {rows[-1]['bits_per_weight']:.3f} bits per weight, KLD {result.kld_mean:.4f} +- {result.kld_error:.4f}",
+                    flush=True,
+                )
                 path.unlink()
     data = {"rows": rows, "chunks": CHUNKS, "command": " ".join(sys.argv), "environment": environment()}
     Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")

@@ -73,10 +73,14 @@ def _one_shape(shape: tuple[int, int], repeats: int) -> list[dict]:
         for _ in range(repeats):
             for level, runs in microseconds.items():
                 variables = {**os.environ, "GGML_ENTROPY_KERNEL": level}
-                output = subprocess.run([runtime.tool("test-entropy-ops"), "--speed", path], capture_output=True, text=True, check=True, env=variables)
+                output = subprocess.run(
+                    [runtime.tool("test-entropy-ops"), "--speed", path], capture_output=True, text=True, check=True, env=variables
+                )
                 runs.append(list(map(int, output.stdout.split())))
     for i, row in enumerate(rows):
-        row["product_gweights_per_second"] = {level: n_weights / max(1, min(run[i] for run in runs)) / 1e3 for level, runs in microseconds.items()}
+        row["product_gweights_per_second"] = {
+            level: n_weights / max(1, min(run[i] for run in runs)) / 1e3 for level, runs in microseconds.items()
+        }
         products = ", ".join(f"{level} {speed:.2f}" for level, speed in row["product_gweights_per_second"].items())
         what = f"{row['entropy']:.2f} bits, {row['raw_bits']} raw, {row['tail_planes']} planes" if "entropy" in row else ""
         alone = f"; decoding alone {row['decoding_gweights_per_second']:.2f}" if "entropy" in row else ""

@@ -92,7 +92,9 @@ def make_reference(out: Path) -> tuple[Path, Path]:
     reference = out / "F16.gguf"
     if not reference.is_file():
         script = runtime.conversion_path() / "convert_hf_to_gguf.py"
-        subprocess.run([sys.executable, str(script), str(hf), "--outfile", str(reference), "--outtype", "f16"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(script), str(hf), "--outfile", str(reference), "--outtype", "f16"], check=True, capture_output=True
+        )
     return hf, reference
 
 
@@ -137,7 +139,14 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    families = {"stock": "s", "stock, imatrix": "^", "ours, no data": "o", "ours, own text": "D", "ours, imatrix": "v", "ours, calibration": "P"}
+    families = {
+        "stock": "s",
+        "stock, imatrix": "^",
+        "ours, no data": "o",
+        "ours, own text": "D",
+        "ours, imatrix": "v",
+        "ours, calibration": "P",
+    }
     for family, marker in families.items():
         points = sorted((row["bits_per_weight"], row["kld_mean"], row["name"]) for row in rows if row["family"] == family)
         if not points:
@@ -172,7 +181,9 @@ def table(rows: list[dict]) -> str:
     there = {row["family"] for row in rows}
     ours = [one for one in ("ours, no data", "ours, own text", "ours, imatrix", "ours, calibration") if one in there]
     lines = [
-        "| file | bits per weight | perplexity | KLD mean | median | 99 % | same top token, % | " + " | ".join(one.replace("ours, ", "") for one in ours) + " |",
+        "| file | bits per weight | perplexity | KLD mean | median | 99 % | same top token, % | "
+        + " | ".join(one.replace("ours, ", "") for one in ours)
+        + " |",
         "|---" * (7 + len(ours)) + "|",
     ]
     for row in sorted(rows, key=lambda row: -row["bits_per_weight"]):
@@ -217,7 +228,9 @@ def main() -> None:
             )
             kld = "" if result.kld_mean is None else f", KLD {result.kld_mean:.4f}"
             print(f"{name:16} {rows[-1]['bits_per_weight']:6.3f} bits per weight, perplexity {result.ppl:.3f}{kld}", flush=True)
-    elsewhere = {name: path for name, (family, path) in files.items() if family in ("stock, imatrix", "ours, own text", "ours, calibration")}
+    elsewhere = {
+        name: path for name, (family, path) in files.items() if family in ("stock, imatrix", "ours, own text", "ours, calibration")
+    }
     with ReferenceLogits(files["F16"][1], out / "docstrings.txt", chunks=max(1, chunks // 2)) as reference:
         for row in rows:
             if row["name"] in elsewhere:

@@ -47,7 +47,14 @@ def main(kernels_path: Path, scale_path: Path) -> None:
             computing = _CORES * speed[name] * 1e9 / n_weights
             reading = bandwidth * 1e9 / size[name]
             axis.plot(_CORES, np.minimum(computing, reading), color=colour, label=f"{name}, model")
-        axis.set(title=f"{bandwidth} GB/s", xlabel="cores", xscale="log", yscale="log", xticks=[1, 2, 4, 8, 16, 32], xticklabels=[1, 2, 4, 8, 16, 32])
+        axis.set(
+            title=f"{bandwidth} GB/s",
+            xlabel="cores",
+            xscale="log",
+            yscale="log",
+            xticks=[1, 2, 4, 8, 16, 32],
+            xticklabels=[1, 2, 4, 8, 16, 32],
+        )
         axis.grid(alpha=0.3)
     measured = scale["read_gb_per_second"]
     nearest = min(range(len(_BANDWIDTHS)), key=lambda i: abs(_BANDWIDTHS[i] - max(measured.values())))
@@ -57,11 +64,16 @@ def main(kernels_path: Path, scale_path: Path) -> None:
             axes[nearest].plot(row["threads"], np.median(row["generation"]), "o", color=_COLOURS[row["name"]], label=label)
     axes[0].set_ylabel("tokens/s, 1.07 G weights")
     axes[nearest].legend(fontsize=8)
-    figure.suptitle(f"Generation: lines are a model, points are measured ({scale['environment']['cpu']}, {max(measured.values()):.0f} GB/s)", fontsize=10)
+    figure.suptitle(
+        f"Generation: lines are a model, points are measured ({scale['environment']['cpu']}, {max(measured.values()):.0f} GB/s)",
+        fontsize=10,
+    )
     for ending in ("png", "svg"):
         figure.savefig(docs / f"speed.{ending}", dpi=120)
     even = speed["EQ8-4.5 fused"] * size["Q8_0"] / n_weights
-    print(f"a core: Q8_0 {speed['Q8_0']:.1f} G weights/s, EQ8-4.5 fused {speed['EQ8-4.5 fused']:.1f}; fused is ahead where cores x {even:.1f} > GB/s")
+    print(
+        f"a core: Q8_0 {speed['Q8_0']:.1f} G weights/s, EQ8-4.5 fused {speed['EQ8-4.5 fused']:.1f}; fused is ahead where cores x {even:.1f} > GB/s"
+    )
 
 
 if __name__ == "__main__":

@@ -93,7 +93,13 @@ def main(folder: Path, out: Path, limit: int) -> None:
     rows = []
     for name, mode in _RUNS:
         path = folder / f"{name}.gguf"
-        row = {"name": name, "mode": mode, "bytes": path.stat().st_size, "fits": path.stat().st_size < limit, **generation(path, mode, limit)}
+        row = {
+            "name": name,
+            "mode": mode,
+            "bytes": path.stat().st_size,
+            "fits": path.stat().st_size < limit,
+            **generation(path, mode, limit),
+        }
         rows.append(row)
         told = f"{row['tokens_per_second']:.2f} tokens/s" if "tokens_per_second" in row else row["failed"]
         print(f"{name:10} {row['bytes'] / 2**20:6.0f} MiB of {limit >> 20} MiB: {told}")

@@ -756,6 +756,8 @@ def code_usage(
     return functools.reduce(CodeUsage.__add__, used)
 
 
-def to_lanes(kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], name: str = "tensor", threads: int | None = None) -> np.ndarray:
+def to_lanes(
+    kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], name: str = "tensor", threads: int | None = None
+) -> np.ndarray:
     """`Payload.to_lanes`."""
     return Payload(kind, payload, shape, label=name).to_lanes(threads)

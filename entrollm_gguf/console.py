@@ -28,6 +28,4 @@ def printable(text: str, keep: str = "") -> str:
         keep: control characters that may stay.
     """
     allowed = keep + _JOINERS
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE and c not in allowed else c for c in text
-    )
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE and c not in allowed else c for c in text)

@@ -80,7 +80,18 @@ def prebuild(architecture: str, cmake: list[str]) -> list[Path]:
     )  # fmt: skip
     _run("cmake", "--build", build, "-j", str(os.cpu_count()), "--target", *PROGRAMS)
     other = work / "build-avx512"
-    _run("cmake", "-S", llama_cpp, "-B", other, *generator(), *COMMON, *_CPU_AVX512, "-DGGML_NATIVE=OFF", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON")
+    _run(
+        "cmake",
+        "-S",
+        llama_cpp,
+        "-B",
+        other,
+        *generator(),
+        *COMMON,
+        *_CPU_AVX512,
+        "-DGGML_NATIVE=OFF",
+        "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    )
     _run("cmake", "--build", other, "-j", str(os.cpu_count()), "--target", "ggml-cpu")
     (binaries / AVX512).mkdir(exist_ok=True)
     shutil.copy(other / "bin" / "libggml-cpu.so.0", binaries / AVX512)

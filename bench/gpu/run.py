@@ -158,7 +158,9 @@ def wrong_mode(said: str, mode: str) -> list[str]:
     lines = entropy_lines(said)
     sign = r"stay as they are; computed by .*CUDA" if mode == "fused" else r"^decoded "
     there = mode == "fused" or any(name.startswith("model CUDA") for name in buffers(said))
-    return [] if there and any(re.search(sign, line) for line in lines) else [f"not {mode} on the GPU: {lines or 'no line of llama_entropy'}"]
+    return (
+        [] if there and any(re.search(sign, line) for line in lines) else [f"not {mode} on the GPU: {lines or 'no line of llama_entropy'}"]
+    )
 
 
 def batches(said: str) -> dict[int, float]:
@@ -306,7 +308,9 @@ def profile(run: Run) -> dict:
     """Where the time of the mat-vec goes, by Nsight Compute; the whole of it is in the log."""
     if shutil.which("ncu") is None:
         return {"skipped": "no ncu on this machine"}
-    said = run.command("ncu", "--set", "full", "--kernel-name", "regex:entropy_mat_vec", own_program(run, "harness"), "profile", timeout=120)
+    said = run.command(
+        "ncu", "--set", "full", "--kernel-name", "regex:entropy_mat_vec", own_program(run, "harness"), "profile", timeout=120
+    )
     return {"lines": [" ".join(line.split())[:400] for line in said.splitlines() if _PROFILE.match(line)]}
 
 
@@ -734,7 +738,8 @@ def main() -> int:
         for one in steps
         if arguments.stage in (None, one.stage)
         and (arguments.only is None or one.name in arguments.only)
-        and one.name not in arguments.skip and "result" not in run.state["steps"].get(one.name, {})
+        and one.name not in arguments.skip
+        and "result" not in run.state["steps"].get(one.name, {})
     ]
     with ThreadPoolExecutor(max(1, CPUS // 2)) as pool:
         for group in batches_of(left):

@@ -216,7 +216,9 @@ def _open(model_dir: Path, place: _Place):
     transformers.utils.logging.set_verbosity_error()
     own = {"local_files_only": True, "trust_remote_code": False}
     with _explained(model_dir):
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, place.dtype), **own).to(place.device).eval()
+        model = (
+            transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, place.dtype), **own).to(place.device).eval()
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, **own)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -375,7 +377,9 @@ def _gather_into(
     model, tokenizer = _open(model_dir, place)
     layers = _layers(model)
     if names is not None and not {*layers, _embedding_name(model)} & set(names):
-        raise ConversionError(f"{model_dir}: the names of the weights are not those that transformers uses: no statistics would fit; use --imatrix")
+        raise ConversionError(
+            f"{model_dir}: the names of the weights are not those that transformers uses: no statistics would fit; use --imatrix"
+        )
     kept = _kept_tokens(folder / "tokens.npy", model.get_input_embeddings().num_embeddings)
     if kept is None:
         with _explained(model_dir):
@@ -605,7 +609,9 @@ class _Run:
             if self._with_gradients:
                 _add(self._columns, name, x.square().sum(0))
                 if output.requires_grad:
-                    output.register_hook(lambda gradient: _add(self._rows, name, gradient.float().reshape(-1, gradient.shape[-1]).square().sum(0)))
+                    output.register_hook(
+                        lambda gradient: _add(self._rows, name, gradient.float().reshape(-1, gradient.shape[-1]).square().sum(0))
+                    )
 
         return hook
 

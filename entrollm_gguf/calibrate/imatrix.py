@@ -70,7 +70,9 @@ def check_fit(path: Path, statistics: Statistics, shapes: dict[str, tuple[int, .
     """
     other = "this imatrix belongs to another model"
     known = {name: one for name, one in statistics.tensors.items() if name in shapes}
-    unknown = sorted(name for name in statistics.tensors if name not in shapes and name.endswith(".weight"))  # "... (view)" is a part of a weight
+    unknown = sorted(
+        name for name in statistics.tensors if name not in shapes and name.endswith(".weight")
+    )  # "... (view)" is a part of a weight
     if not known:
         raise ConversionError(f"{path}: knows none of this model's tensors; {other}")
     if unknown:
@@ -80,7 +82,9 @@ def check_fit(path: Path, statistics: Statistics, shapes: dict[str, tuple[int, .
         if one.columns.shape[1] != n_cols:
             raise ConversionError(f"{path}: {name} has {one.columns.shape[1]} columns in the imatrix and {n_cols} in the model; {other}")
         if one.columns.shape[0] != n_matrices:
-            raise ConversionError(f"{path}: {name} has {one.columns.shape[0]} matrices in the imatrix and {n_matrices} in the model; {other}")
+            raise ConversionError(
+                f"{path}: {name} has {one.columns.shape[0]} matrices in the imatrix and {n_matrices} in the model; {other}"
+            )
     without = {_layer(name) for name in shapes} - {_layer(name) for name in known} - {None}
     if without:  # layers that predict several tokens ahead are not run by llama-imatrix
         warnings.warn(f"{path}: has no values for layers {', '.join(map(str, sorted(without)))}", ConversionWarning, stacklevel=2)

@@ -14,7 +14,9 @@ class TensorStatistics:
     """Of one tensor; a stack of matrices (experts) has one entry in each array for each of them."""
 
     columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2 over the tokens that came to the slab; zeros if none did
-    rows: np.ndarray | None = None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2 over all tokens, L the log-probability of a token; see gather.py
+    rows: np.ndarray | None = (
+        None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2 over all tokens, L the log-probability of a token; see gather.py
+    )
     hessians: tuple[Path | None, ...] | None = None  # f32 (n_cols, n_cols) in .npy, for each slab: mean of x x^T; not all None
 
     def hessian(self, slab: int) -> np.ndarray | None:

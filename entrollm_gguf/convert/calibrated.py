@@ -45,8 +45,7 @@ def to_gguf(gathered: Gathered, source: SourceModel) -> Statistics:
         keep(numbers, -1),
     )
     tensors = {
-        name: TensorStatistics(values, rows.get(name), _hessians(values, numbers.get(name), paths))
-        for name, values in columns.items()
+        name: TensorStatistics(values, rows.get(name), _hessians(values, numbers.get(name), paths)) for name, values in columns.items()
     }
     if not tensors:
         raise ConversionError("the names of the weights are not those that transformers uses: no statistics fit; use --imatrix")

@@ -45,7 +45,9 @@ def check_checkpoint(folder: Path) -> None:
     for path in files:
         for name in _tensor_names(path, alone=len(files) == 1):
             if name in holders:
-                raise ConversionError(f"{folder}: {holders[name].name} and {path.name} both hold {name}; these are two saves: take one of them away")
+                raise ConversionError(
+                    f"{folder}: {holders[name].name} and {path.name} both hold {name}; these are two saves: take one of them away"
+                )
             holders[name] = path
     if named and holders:
         _compare(folder, named, set(holders))
@@ -94,7 +96,11 @@ def damaged_tokenizer_file(folder: Path) -> str | None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is any file that a vocabulary could come from."""
-    return any(("token" in path.name and path.suffix in (".json", ".model", ".tiktoken")) or "vocab" in path.name for path in folder.iterdir() if not path.name.endswith("_config.json"))
+    return any(
+        ("token" in path.name and path.suffix in (".json", ".model", ".tiktoken")) or "vocab" in path.name
+        for path in folder.iterdir()
+        if not path.name.endswith("_config.json")
+    )
 
 
 def n_tokens(folder: Path) -> int | None:
@@ -167,7 +173,9 @@ def _tensor_names(path: Path, alone: bool) -> list[str]:
 
 def _pickled_names(path: Path, alone: bool) -> list[str]:
     if not zipfile.is_zipfile(path):
-        raise ConversionError(f"{path}: damaged, cut short, or written by a PyTorch before 1.6; download it again, or save the model as safetensors")
+        raise ConversionError(
+            f"{path}: damaged, cut short, or written by a PyTorch before 1.6; download it again, or save the model as safetensors"
+        )
     if alone:
         return []
     import torch
@@ -182,6 +190,10 @@ def _compare(folder: Path, named: dict[str, str], held: set[str]) -> None:
     """Raises ConversionError where an index and its files differ."""
     missing, more = sorted(named.keys() - held), sorted(held - named.keys())
     if missing:
-        raise ConversionError(f"{folder / named[missing[0]]}: does not hold {missing[0]} ({len(missing)} in all), which the index gives it; download both again")
+        raise ConversionError(
+            f"{folder / named[missing[0]]}: does not hold {missing[0]} ({len(missing)} in all), which the index gives it; download both again"
+        )
     if more:
-        raise ConversionError(f"{folder}: the files hold {more[0]} ({len(more)} in all), which the index does not name; they belong to two saves")
+        raise ConversionError(
+            f"{folder}: the files hold {more[0]} ({len(more)} in all), which the index does not name; they belong to two saves"
+        )

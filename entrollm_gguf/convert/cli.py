@@ -60,18 +60,33 @@ class SizeType(click.ParamType):
 )
 @click.option("--bits", type=click.FloatRange(1, 8), help="Bits per weight of all tensors together; the step is chosen for it, from below.")
 @click.option("--size", type=SizeType(), help="The same by the size of the whole file: bytes, or with a unit as in 80MB, 1.5GiB.")
-@click.option("--dry-run", is_flag=True, help="With --bits, --size or a recipe with bits: print what each tensor would take, and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="With --bits, --size or a recipe with bits: print what each tensor would take, and write nothing."
+)
 @click.option(
     "--calibration",
     metavar="TEXT|self",
     help="A text file for the model to read, or `self` for text that the model writes: tells which weights matter. Takes minutes.",
 )
-@click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix of llama-imatrix, instead of --calibration; quicker, helps less.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="An importance matrix of llama-imatrix, instead of --calibration; quicker, helps less.",
+)
 @click.option("--sequences", type=click.IntRange(min=1), default=40, show_default=True, help="Sequences of 512 tokens for --calibration.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything random in --calibration.")
-@click.option("--fold/--no-fold", default=True, show_default=True, help="Equalise columns where statistics are known. LoRA adapters made for the model need --no-fold.")
+@click.option(
+    "--fold/--no-fold",
+    default=True,
+    show_default=True,
+    help="Equalise columns where statistics are known. LoRA adapters made for the model need --no-fold.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-@click.option("--tile-cols", type=click.IntRange(32, 1024), help="Columns of a tile of the layout that GPUs read, a multiple of 32; by default by shape. Does not change the size.")
+@click.option(
+    "--tile-cols",
+    type=click.IntRange(32, 1024),
+    help="Columns of a tile of the layout that GPUs read, a multiple of 32; by default by shape. Does not change the size.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT_FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--verbose", is_flag=True, help="Show what llama.cpp's converter logs.")
@@ -142,7 +157,9 @@ def convert(
             bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
 
         if dry_run or out_file is None:
-            plan = pipeline.plan_model(model, bits=bits, size=size, recipe=recipe, threads=threads, tile_cols=tile_cols, calibration=known, progress=on_progress)
+            plan = pipeline.plan_model(
+                model, bits=bits, size=size, recipe=recipe, threads=threads, tile_cols=tile_cols, calibration=known, progress=on_progress
+            )
         else:
             report = pipeline.convert_model(
                 model,
@@ -253,6 +270,9 @@ def print_summary(report: ConversionReport, console: Console) -> None:
             table.add_row("", f"{record.name} stays {record.type_name}: {record.scheme.removeprefix('kept: ')}")
         if record.coarse_rows:
             n_rows = math.prod(record.shape[:-1])
-            table.add_row("", f"{record.name}: {record.coarse_rows} of {n_rows} rows have weights too small for f16 scales, and lose most of their digits")
+            table.add_row(
+                "",
+                f"{record.name}: {record.coarse_rows} of {n_rows} rows have weights too small for f16 scales, and lose most of their digits",
+            )
     table.add_row("time", f"{report.seconds:.1f} s")
     console.print(table)

@@ -193,7 +193,9 @@ def huggingface_folder(path: Path, sample: str | None) -> Iterator[Path]:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConversionError(f"{path}: transformers cannot load it for calibration ({reason}); {instead}") from error
         if sample is not None and tokenizer.encode(sample, add_special_tokens=False) != _llama_cpp_tokens(path, sample):
-            raise ConversionError(f"{path}: transformers makes other tokens of the text than llama.cpp, so that calibration would mislead; {instead}")
+            raise ConversionError(
+                f"{path}: transformers makes other tokens of the text than llama.cpp, so that calibration would mislead; {instead}"
+            )
         yield Path(folder)
 
 

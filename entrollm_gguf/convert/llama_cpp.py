@@ -166,7 +166,10 @@ class SourceModel:
     def _sources_of(self, name: str) -> str:
         """The weights of the checkpoint that get a GGUF name, as far as the names tell."""
         find = self._model.tensor_map.get_name
-        return ", ".join(sorted(one for one in self._model.model_tensors if find(one, try_suffixes=(".weight", ".bias")) == name)) or "several weights"
+        return (
+            ", ".join(sorted(one for one in self._model.model_tensors if find(one, try_suffixes=(".weight", ".bias")) == name))
+            or "several weights"
+        )
 
     def outline(self) -> Outline:
         """Every tensor; no weights are read."""

@@ -61,7 +61,13 @@ def tolerant_metadata(folder: Path) -> Iterator[None]:
 
 def _make_typed(metadata: Any) -> list[str]:
     """Give every field of gguf.Metadata its declared type, or None where that is impossible; returns the names of the latter."""
-    casts = {"Optional[str]": _text, "Optional[int]": _integer, "Optional[float]": _number, "Optional[list[str]]": _texts, "Optional[list[dict]]": _entries}
+    casts = {
+        "Optional[str]": _text,
+        "Optional[int]": _integer,
+        "Optional[float]": _number,
+        "Optional[list[str]]": _texts,
+        "Optional[list[dict]]": _entries,
+    }
     unusable = []
     for field in dataclasses.fields(metadata):
         value = getattr(metadata, field.name)

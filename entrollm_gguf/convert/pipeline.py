@@ -207,14 +207,17 @@ def plan_model(
     source = open_source(model)
     chosen, rate = _choose(recipe, bits, size, calibration, source)
     if chosen.quantizer != RATE.quantizer:
-        raise ConversionError(f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits")
+        raise ConversionError(
+            f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits"
+        )
     source.rehearse()
     basis = prepare(source, model, calibration, threads=threads, progress=progress)
     survey = survey_model(source, basis, threads=threads, progress=progress)
     step = step_for(survey, find_target(survey, bits=bits, size=size, rate=rate))
     steps = {name: step * survey.factor(name) for name in survey.profiles}
     planned = [
-        TensorRecord(name, RATE.kind.name, one.shape, one.n_bytes(steps[name]), f"step-{steps[name]:.4f}") for name, one in survey.profiles.items()
+        TensorRecord(name, RATE.kind.name, one.shape, one.n_bytes(steps[name]), f"step-{steps[name]:.4f}")
+        for name, one in survey.profiles.items()
     ]
     planned += survey.kept.values()
     n_bytes = sum(one.n_bytes for one in planned)
@@ -391,7 +394,9 @@ def _interrupts(stop: threading.Event) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = ((name, signal.getsignal(signal.Signals[name])) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+    found = (
+        (name, signal.getsignal(signal.Signals[name])) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
+    )
     previous = {signal.Signals[name]: handler for name, handler in found if callable(handler)}
 
     def remember(number: int, frame: Any) -> None:

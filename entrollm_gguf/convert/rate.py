@@ -95,7 +95,13 @@ def prepare(
         with as_folder(path, None if text is None else read_text(text)[:_SAMPLE]) as folder:
             readable = SourceModel(folder)
             gathered = gather(
-                folder, text, n_sequences=calibration.n_sequences, seed=calibration.seed, threads=threads, names=readable.names(), progress=progress
+                folder,
+                text,
+                n_sequences=calibration.n_sequences,
+                seed=calibration.seed,
+                threads=threads,
+                names=readable.names(),
+                progress=progress,
             )
             statistics = to_gguf(gathered, readable)
     if not calibration.fold:
@@ -198,7 +204,9 @@ def survey_model(source: Source, basis: Basis, *, threads: int | None = None, pr
             if chunked:
                 kept[name] = chunked_record(name, data, raw_dtype)
             else:
-                _, kept[name], _ = finish_tensor(name, evaluate(data), raw_dtype, stays, threads or os.cpu_count() or 1, None, threading.Event(), basis.folding)
+                _, kept[name], _ = finish_tensor(
+                    name, evaluate(data), raw_dtype, stays, threads or os.cpu_count() or 1, None, threading.Event(), basis.folding
+                )
             done += kept[name].n_elements
 
         source.each_tensor(handle)

@@ -43,7 +43,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("EQ8-paper", EntropyType.EQ8, "paper", "EntroLLM uint8, published sign rule, one scale per tensor"),
         Recipe("EQ8-mixed", EntropyType.EQ8, "mixed", "8 bits, symmetric or asymmetric, whichever codes smaller"),
         Recipe("EQ8-rows", EntropyType.EQ8, "rows", "8 bits, symmetric, a scale for each row; close to lossless"),
-        Recipe("EQ8-kept", EntropyType.EQ8, "kept", "codes that an int8 or int4 checkpoint has, bit by bit (its default); the rest as EQ8-rows"),
+        Recipe(
+            "EQ8-kept", EntropyType.EQ8, "kept", "codes that an int8 or int4 checkpoint has, bit by bit (its default); the rest as EQ8-rows"
+        ),
         Recipe("EQ4-paper", EntropyType.EQ4, "paper", "EntroLLM uint4; small, but the model's quality collapses"),
         Recipe("EQ4-mixed", EntropyType.EQ4, "mixed", "4 bits, symmetric or asymmetric; quality collapses as well"),
         Recipe("EQ4-rows", EntropyType.EQ4, "rows", "4 bits, symmetric, a scale for each row"),

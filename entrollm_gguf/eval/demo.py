@@ -92,7 +92,14 @@ def run_demo(
     files, seconds = _make_files(hf, out, extent, threads, say)
     reports = {name: inspect_file(path, threads=threads) for name, path in files.items()}
     rows = compare(
-        reports, reference="F16", text=text, context=CONTEXT, chunks=extent.chunks, speed_rounds=extent.speed_rounds, threads=threads, say=say
+        reports,
+        reference="F16",
+        text=text,
+        context=CONTEXT,
+        chunks=extent.chunks,
+        speed_rounds=extent.speed_rounds,
+        threads=threads,
+        say=say,
     )
     rows = tuple(dataclasses.replace(row, seconds=seconds.get(row.name)) for row in rows)
 

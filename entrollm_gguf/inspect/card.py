@@ -47,7 +47,10 @@ def write_card(path: str | Path, report: FileReport, *, force: bool = False) -> 
 def card_of(model: ModelFile, report: FileReport) -> str:
     """The card as Markdown with the hub's front matter."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("entrollm_gguf.inspect", "."), undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+        loader=jinja2.PackageLoader("entrollm_gguf.inspect", "."),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
     )
     coded = [one for one in report.tensors if one.entropy is not None]
     decoded = Counter(one.decodes_to for one in coded)

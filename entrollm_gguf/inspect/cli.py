@@ -103,7 +103,9 @@ def inspect(
             "coded", f"{report.coded_n_weights} weights, {report.coded_bits_per_weight:.3f} bits each, "
             f"entropy {report.coded_entropy:.3f}{over}",
         )  # fmt: skip
-        totals.add_row("on a GPU", f"the coded tensors take {report.coded_device_bytes / 1e6:.1f} MB, {report.coded_bytes / 1e6:.1f} MB in the file")
+        totals.add_row(
+            "on a GPU", f"the coded tensors take {report.coded_device_bytes / 1e6:.1f} MB, {report.coded_bytes / 1e6:.1f} MB in the file"
+        )
     console.print(totals)
 
 

@@ -20,7 +20,24 @@ _LARGEST = 64.0  # factors lie within 1 / _LARGEST .. _LARGEST
 
 # Architectures (general.architecture) in which each norm feeds only the matrices named below, the product of gate and up is what `down` reads, and the sum of values is what `output` reads.
 _GATED = frozenset(
-    ["llama", "mistral3", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3", "olmo2", "olmoe", "internlm2", "exaone"]
+    [
+        "llama",
+        "mistral3",
+        "qwen2",
+        "qwen3",
+        "qwen2moe",
+        "qwen3moe",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "olmoe",
+        "internlm2",
+        "exaone",
+    ]
 )
 
 # (what divides: norm, matrices that read it). Routers and shared gates of experts read the same norm. The last norm stays as it is, even where a matrix of its own reads it: what it makes is also what
@@ -29,7 +46,17 @@ NORMS = (
     ("attn_norm", ("attn_q", "attn_k", "attn_v", "attn_qkv")),
     (
         "ffn_norm",
-        ("ffn_gate", "ffn_up", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp_shexp"),
+        (
+            "ffn_gate",
+            "ffn_up",
+            "ffn_gate_inp",
+            "ffn_gate_exps",
+            "ffn_up_exps",
+            "ffn_gate_up_exps",
+            "ffn_gate_shexp",
+            "ffn_up_shexp",
+            "ffn_gate_inp_shexp",
+        ),
     ),
 )
 UP_DOWN = (("ffn_up", "ffn_down"), ("ffn_up_exps", "ffn_down_exps"), ("ffn_up_shexp", "ffn_down_shexp"))
@@ -164,4 +191,3 @@ def _divide_rows(folding: Folding, shapes: dict[str, tuple[int, ...]], stem: str
     folding.rows[f"{stem}.weight"] = factors
     if f"{stem}.bias" in shapes:
         folding.rows[f"{stem}.bias"] = factors
-

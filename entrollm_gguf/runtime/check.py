@@ -51,7 +51,9 @@ def check_source(sdist: Path) -> SourceCheck:
         BuildError: no such file, damaged, or git is missing.
     """
     if not sdist.is_file():
-        raise BuildError(f"{sdist}: no such file; name a source distribution of llama-cpp-python (pip download --no-deps --no-binary :all: llama-cpp-python==VERSION)")
+        raise BuildError(
+            f"{sdist}: no such file; name a source distribution of llama-cpp-python (pip download --no-deps --no-binary :all: llama-cpp-python==VERSION)"
+        )
     patches = patches_folder()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "source"

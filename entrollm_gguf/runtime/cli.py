@@ -75,7 +75,9 @@ def info(as_json: bool) -> None:
 
 
 @runtime.command(short_help="For developers: try the patches on another version of llama-cpp-python.")
-@click.option("--source", "sdist", type=click.Path(path_type=Path), required=True, help="A source distribution, llama_cpp_python-VERSION.tar.gz.")
+@click.option(
+    "--source", "sdist", type=click.Path(path_type=Path), required=True, help="A source distribution, llama_cpp_python-VERSION.tar.gz."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(sdist: Path, as_json: bool) -> None:
     """For developers: try the overlay and every patch on another version of llama-cpp-python, and say which fails where.
@@ -89,7 +91,11 @@ def check(sdist: Path, as_json: bool) -> None:
         click.echo(json.dumps({**dataclasses.asdict(found), "fits": found.fits}, indent=2))
     else:
         for one in found.patches:
-            said = f"fails at {', '.join(one.failures)}" if one.failures else "applies" + (f", moved by up to {one.offset} lines" if one.offset else "")
+            said = (
+                f"fails at {', '.join(one.failures)}"
+                if one.failures
+                else "applies" + (f", moved by up to {one.offset} lines" if one.offset else "")
+            )
             click.echo(f"{one.name}: {said}")
         for name in found.overwritten:
             click.echo(f"overlay: {name} is upstream's, too")

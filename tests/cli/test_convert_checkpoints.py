@@ -66,7 +66,9 @@ def test_layers_without_weights(model, refused):
     assert "config.json says 3 layers, there are weights for 2: blk.2.attn_norm.weight is missing" in refused(model)
 
 
-@pytest.mark.parametrize("name, gguf_name", [("model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"), ("model.norm.weight", "output_norm.weight")])
+@pytest.mark.parametrize(
+    "name, gguf_name", [("model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"), ("model.norm.weight", "output_norm.weight")]
+)
 def test_a_tensor_is_missing(model, refused, name, gguf_name):
     edit_weights(model, lambda weights: weights.pop(name))
     line = refused(model)
@@ -101,7 +103,10 @@ def test_more_tokens_than_rows(tiny_model, tmp_path, refused):
 
 
 def test_fewer_rows_than_the_configuration_says(model, refused):
-    edit_weights(model, lambda weights: weights.update({name: weights[name][:480].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}))
+    edit_weights(
+        model,
+        lambda weights: weights.update({name: weights[name][:480].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}),
+    )
     line = refused(model)
     assert "500 tokens" in line and "480 rows" in line
 
@@ -154,4 +159,3 @@ def test_another_conversion_to_the_same_output(model, out, capsys):
         assert "is being written by another process" in capsys.readouterr().err
         temporary.write_bytes(b"first")
     assert out.read_bytes() == b"first"
-

@@ -17,7 +17,9 @@ from entrollm_gguf.eval.demo_model import fetch_gguf
 @pytest.mark.runtime
 def test_demo(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_model_folder", lambda out, say: tiny_model("llama").folder)
-    monkeypatch.setattr(demo, "SHORT", demo.Extent(("EQ8", "EQ8-4.5"), chunks=4, sequences=2, speed_rounds=1))  # fewer than 100 tokens have no statistics
+    monkeypatch.setattr(
+        demo, "SHORT", demo.Extent(("EQ8", "EQ8-4.5"), chunks=4, sequences=2, speed_rounds=1)
+    )  # fewer than 100 tokens have no statistics
     monkeypatch.setattr(demo, "STOCK_TYPES", ("Q8_0",))
     monkeypatch.setattr(demo, "CONTEXT", 64)
     monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path / "cache"))

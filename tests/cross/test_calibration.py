@@ -210,7 +210,14 @@ def with_pictures(tiny_model, tmp_path_factory):
 
     plain, folder = tiny_model("gemma3").folder, tmp_path_factory.mktemp("with-pictures")
     text = transformers.AutoConfig.from_pretrained(plain)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
     transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
@@ -244,7 +251,9 @@ def test_own_text_is_what_the_model_writes(tiny_model, tmp_path):
     model = load(tiny_model("llama").folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model("llama").folder)
     end = tokenizer.eos_token_id
-    model.lm_head.register_forward_hook(lambda module, args, output: output + 4.0 * torch.nn.functional.one_hot(torch.tensor(end), output.shape[-1]))
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output + 4.0 * torch.nn.functional.one_hot(torch.tensor(end), output.shape[-1])
+    )
 
     def write():
         return gather_module._own_text(model, tokenizer, 3, 40, 0, tmp_path, None)
@@ -523,7 +532,11 @@ def test_calibration_makes_it_better(tiny_model, text, text_file, tmp_path, name
     with torch.inference_mode():
         reference = load(folder)(torch.tensor([tokens])).logits[0].numpy()
     errors = {}
-    for kind, calibration in (("without", None), ("with", Calibration(text=text, n_sequences=4)), ("again", Calibration(text=text, n_sequences=4))):
+    for kind, calibration in (
+        ("without", None),
+        ("with", Calibration(text=text, n_sequences=4)),
+        ("again", Calibration(text=text, n_sequences=4)),
+    ):
         out = tmp_path / f"{kind}.gguf"
         report = convert_model(folder, out, bits=4, calibration=calibration)
         assert 0.985 * 4 <= sum(t.n_bytes for t in report.tensors) * 8 / report.n_weights <= 4

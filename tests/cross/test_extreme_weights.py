@@ -75,7 +75,9 @@ def test_every_recipe(extreme, tmp_path, recipe):
     assert small.type_name == "F32" and "f16" in small.scheme
     assert records["blk.1.ffn_down.weight"].type_name == ("EQ8" if recipe in ("EQ8-mixed", "EQ8-rows") else "F32")
     unused = records["blk.0.ffn_up.weight"]
-    assert unused.type_name == RECIPES[recipe].kind.name and unused.coarse_rows == (6 if "rows" in unused.scheme or "step" in unused.scheme else 0)
+    assert unused.type_name == RECIPES[recipe].kind.name and unused.coarse_rows == (
+        6 if "rows" in unused.scheme or "step" in unused.scheme else 0
+    )
     in_file = {mode: logits(out, kv_overrides={"entropy.mode": mode}) for mode in ("load", "fused")}
     assert all(np.isfinite(one).all() for one in in_file.values())
     # weights around 1000 multiply what 8-bit activations lose

@@ -30,7 +30,9 @@ def gemma3n(tmp_path_factory):
     _write_spm(folder)
     # transformers writes a name that neither it nor llama.cpp reads
     path = folder / "model.safetensors"
-    tensors = {name.replace("per_layer_model.language_model_projection", "per_layer_model_projection"): w for name, w in load_file(path).items()}
+    tensors = {
+        name.replace("per_layer_model.language_model_projection", "per_layer_model_projection"): w for name, w in load_file(path).items()
+    }
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
 

@@ -333,6 +333,15 @@ def test_every_way_to_load(converted, tmp_path):
 @pytest.mark.parametrize("recipe", ["EQ8-paper", "EQ4-mixed"])
 def test_damaged_files_do_not_crash_the_loader(converted, recipe):
     """A sample of what `make test-asan` does in full, without sanitizers."""
-    command = [runtime.tool("test-entropy-load"), converted("mistral", recipe), "--stride", "211", "--truncations", "100", "--rewrites", "100"]
+    command = [
+        runtime.tool("test-entropy-load"),
+        converted("mistral", recipe),
+        "--stride",
+        "211",
+        "--truncations",
+        "100",
+        "--rewrites",
+        "100",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-1000:]

@@ -72,7 +72,9 @@ def test_to_bits_and_with_a_plan(as_gguf, tiny_model, tmp_path):
     path = as_gguf("llama", "bf16")
     convert_model(path, tmp_path / "ours.gguf", bits=5)
     convert_model(tiny_model("llama").folder, tmp_path / "wanted.gguf", bits=5)
-    assert all(np.array_equal(one.data, tensors(tmp_path / "wanted.gguf")[name].data) for name, one in tensors(tmp_path / "ours.gguf").items())
+    assert all(
+        np.array_equal(one.data, tensors(tmp_path / "wanted.gguf")[name].data) for name, one in tensors(tmp_path / "ours.gguf").items()
+    )
     assert plan_model(path, bits=5).step == plan_model(tiny_model("llama").folder, bits=5).step
 
 
@@ -95,7 +97,9 @@ def test_what_was_quantized_before(as_gguf, tmp_path):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             convert_model(source, out, recipe="EQ8-rows")
-        assert any(issubclass(one.category, ConversionWarning) and "what that lost stays lost" in str(one.message) for one in said) == warned
+        assert (
+            any(issubclass(one.category, ConversionWarning) and "what that lost stays lost" in str(one.message) for one in said) == warned
+        )
         assert verify_file(out).problems == ()
         gguf = import_gguf()
         for name, one in tensors(out).items():

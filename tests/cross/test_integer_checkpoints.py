@@ -161,7 +161,9 @@ def test_what_the_weights_show(rng):
     assert np.array_equal(rounded.codes, codes) and 0 < rounded.scale_error <= 2.0**-11
     # codes without 1: multiples of the smallest
     sparse = (rng.integers(2, 6, (4, 64)) * np.float32(0.25)).astype(np.float32)
-    assert np.array_equal(quantize_kept(sparse, EntropyType.EQ8).codes * quantize_kept(sparse, EntropyType.EQ8).scales.reshape(-1, 1), sparse)
+    assert np.array_equal(
+        quantize_kept(sparse, EntropyType.EQ8).codes * quantize_kept(sparse, EntropyType.EQ8).scales.reshape(-1, 1), sparse
+    )
     # one weight off the grid, or none on it
     off = weights.copy()
     off[5, 7] += np.float32(0.03)

@@ -247,7 +247,9 @@ def test_a_table_that_is_viewed_and_added_is_refused(tmp_path, monkeypatch, mode
 def test_an_alignment_that_cannot_be_mapped(converted, tmp_path, monkeypatch, mode):
     source = converted("mistral", "EQ8-mixed")
     path = rewrite(source, tmp_path / "aligned.gguf", alignment=8)
-    assert refusal(path, monkeypatch, mode, mmap=True).startswith("general.alignment is below 32, which mapping the file needs: use --load-mode none")
+    assert refusal(path, monkeypatch, mode, mmap=True).startswith(
+        "general.alignment is below 32, which mapping the file needs: use --load-mode none"
+    )
     assert refusal(path, monkeypatch, mode, mmap=False) is None
     override = {"entropy.mode": mode}
     assert np.array_equal(logits(path, TOKENS, kv_overrides=override, use_mmap=False), logits(source, TOKENS, kv_overrides=override))

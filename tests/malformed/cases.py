@@ -121,7 +121,9 @@ _add("tile-cols-2048", "bad-shape", _put("I", 44, 2048))
 _add("device-size-0", "bad-layout", _put("Q", DEVICE_SIZE, 0))
 _add("device-size-768", "bad-layout", _put("Q", DEVICE_SIZE, 768))
 _add("device-size-odd", "bad-layout", _put("Q", DEVICE_SIZE, 4096 + 64))
-_add("device-size-beyond-15-bits-a-symbol", "bad-layout", lambda d: _put("Q", DEVICE_SIZE, _field(d, DEVICE_SIZE) + 256)(d), device_size=None)
+_add(
+    "device-size-beyond-15-bits-a-symbol", "bad-layout", lambda d: _put("Q", DEVICE_SIZE, _field(d, DEVICE_SIZE) + 256)(d), device_size=None
+)
 _add("device-size-too-large", "bad-layout", _put("Q", DEVICE_SIZE, (1 << 46) + 256))
 _add("device-size-max", "bad-layout", _put("Q", DEVICE_SIZE, 2**64 - 256))
 for name, field in (("index", INDEX), ("body", BODY)):

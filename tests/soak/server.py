@@ -21,7 +21,23 @@ from entrollm_gguf.convert.pipeline import convert_model
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "5"))
 STREAMS = 8
-WORDS = ["the", "a", "python", "list", "of", "statement", "object", "function", "names", "value", "with", "class", "and", "expression", "module"]
+WORDS = [
+    "the",
+    "a",
+    "python",
+    "list",
+    "of",
+    "statement",
+    "object",
+    "function",
+    "names",
+    "value",
+    "with",
+    "class",
+    "and",
+    "expression",
+    "module",
+]
 
 
 def _request(address: str, body: bytes) -> http.client.HTTPResponse:

@@ -42,7 +42,9 @@ def test_whole_checkpoints(folder):
     save(folder / "model-00001-of-00002.safetensors", "a", "b")
     save(folder / "model-00002-of-00002.safetensors", "c")
     check_checkpoint(folder)
-    index(folder, {"a": "model-00001-of-00002.safetensors", "b": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"})
+    index(
+        folder, {"a": "model-00001-of-00002.safetensors", "b": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}
+    )
     check_checkpoint(folder)
 
 
@@ -104,14 +106,18 @@ def test_damaged_index(folder, text):
     refused(folder, "model.safetensors.index.json: ", "git lfs pull" if text == POINTER else "download it again")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "model.safetensors"]
+)
 def test_pointers_of_git_lfs(folder, name):
     save(folder / "model.safetensors", "a")
     (folder / name).write_text(POINTER)
     refused(folder, name, "git-lfs pointer", "git lfs pull")
 
 
-@pytest.mark.parametrize("content, words", [(POINTER.encode(), "git lfs pull"), (b"PK\x03\x04 cut short", "download it again"), (b"", "download it again")])
+@pytest.mark.parametrize(
+    "content, words", [(POINTER.encode(), "git lfs pull"), (b"PK\x03\x04 cut short", "download it again"), (b"", "download it again")]
+)
 def test_damaged_pickles(folder, content, words):
     (folder / "pytorch_model.bin").write_bytes(content)
     refused(folder, "pytorch_model.bin", words)

@@ -69,7 +69,9 @@ def test_never_worse_than_rounding(step, seed):
     assert with_feedback < 0.7 * without  # inputs that go together this much are worth more than a tie
     # the scales that are stored instead of the step make it smaller still
     scales = fitted_scales(weights, feedback, hessian)
-    assert (cost(weights - feedback * scales[:, None], damped(hessian)) <= cost(weights - feedback * np.float64(step), damped(hessian)) + 1e-6).all()
+    assert (
+        cost(weights - feedback * scales[:, None], damped(hessian)) <= cost(weights - feedback * np.float64(step), damped(hessian)) + 1e-6
+    ).all()
 
 
 def test_inputs_that_do_not_go_together_round_to_nearest(rng):

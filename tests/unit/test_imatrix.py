@@ -13,7 +13,12 @@ from entrollm_gguf.calibrate.statistics import Statistics, TensorStatistics
 from entrollm_gguf.errors import ConversionError, ConversionWarning, FormatError
 from entrollm_gguf.gguf_io.patched import import_gguf
 
-SHAPES = {"token_embd.weight": (500, 64), "blk.0.attn_q.weight": (96, 64), "blk.0.ffn_up_exps.weight": (4, 32, 64), "blk.1.attn_q.weight": (96, 64)}
+SHAPES = {
+    "token_embd.weight": (500, 64),
+    "blk.0.attn_q.weight": (96, 64),
+    "blk.0.ffn_up_exps.weight": (4, 32, 64),
+    "blk.1.attn_q.weight": (96, 64),
+}
 
 
 def of(**slabs_and_columns: tuple[int, int]) -> Statistics:

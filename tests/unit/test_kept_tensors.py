@@ -87,7 +87,10 @@ def test_what_the_converter_makes_of_it(rng):
     made = {}
     for name, data in ((EMBEDDING, weights), ("blk.0.ffn_down.weight", weights * np.float32(1e-7)), ("blk.1.ffn_down.weight", weights)):
         _, made[name], _ = finish_tensor(name, data, types.BF16, treatment, 1, None, threading.Event(), Folding())
-    assert [(one.type_name, one.scheme) for one in made.values()][::2] == [("Q8_0", "kept: read row by row from disk"), ("EQ8", "symmetric-rows")]
+    assert [(one.type_name, one.scheme) for one in made.values()][::2] == [
+        ("Q8_0", "kept: read row by row from disk"),
+        ("EQ8", "symmetric-rows"),
+    ]
     small = made["blk.0.ffn_down.weight"]
     assert small.type_name == "F32" and small.scheme.startswith("kept: an f16 is too coarse for steps of")
 

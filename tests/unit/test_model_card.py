@@ -40,7 +40,10 @@ def test_a_good_card_is_kept(tmp_path):
     assert found["general.base_model.0.organization"] == "Org" and warned == []
 
 
-@pytest.mark.parametrize("card", [b"---\ntags: [a, b: c\n---\n", b"---\nlicense: : mit\n---\n", "---\nauthor: J\xf6rg\n---\n".encode("latin-1"), b"---\n\x00\n---\n"])
+@pytest.mark.parametrize(
+    "card",
+    [b"---\ntags: [a, b: c\n---\n", b"---\nlicense: : mit\n---\n", "---\nauthor: J\xf6rg\n---\n".encode("latin-1"), b"---\n\x00\n---\n"],
+)
 def test_unreadable_cards(tmp_path, card):
     (tmp_path / "README.md").write_bytes(card)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
@@ -71,7 +74,9 @@ def test_entries_become_texts(tmp_path, card, key, value):
     assert found.get(key) == value and warned == []
 
 
-@pytest.mark.parametrize("card", ["license: {a: b}", "name: {a: b}", "tags: [{a: b}]", "datasets: [3, [4]]", "base_model: [[a]]", "model_name: [{}]"])
+@pytest.mark.parametrize(
+    "card", ["license: {a: b}", "name: {a: b}", "tags: [{a: b}]", "datasets: [3, [4]]", "base_model: [[a]]", "model_name: [{}]"]
+)
 def test_entries_of_no_use(tmp_path, card):
     (tmp_path / "README.md").write_text(f"---\n{card}\nauthor: me\n---\n")
     found, warned = metadata(tmp_path)

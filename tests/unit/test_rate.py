@@ -75,7 +75,9 @@ def test_rows_of_zeros_and_outliers(rng):
 def test_what_is_refused_does_not_hang_on_the_step(rng, factor, refused):
     """So the survey knows which matrices stay in a stock type before there is a step."""
     weights = (rng.normal(0, 1, (64, 128)) * factor).astype(np.float32)
-    calls = [functools.partial(quantize_step, weights, EQ8, step=step) for step in (0.001, 0.02, 0.5, 6)] + [functools.partial(profile, weights)]
+    calls = [functools.partial(quantize_step, weights, EQ8, step=step) for step in (0.001, 0.02, 0.5, 6)] + [
+        functools.partial(profile, weights)
+    ]
     for call in calls:
         if refused:
             with pytest.raises(QuantizeError, match="f16"):

@@ -340,7 +340,11 @@ def test_another_version_is_checked(patches, tmp_path, monkeypatch, capsys):
     assert found.overwritten == ("src/new.c",) and not found.fits
     assert main(["runtime", "check", "--source", str(sdist)]) == 1
     said = capsys.readouterr().out
-    assert "0010-change.patch: applies" in said and "0020-elsewhere.patch: fails at src/gone.c" in said and "src/new.c is upstream's, too" in said
+    assert (
+        "0010-change.patch: applies" in said
+        and "0020-elsewhere.patch: fails at src/gone.c" in said
+        and "src/new.c is upstream's, too" in said
+    )
     pack({"old.c": "int other;\n", "gone.c": "int old;\n"})
     found = check.check_source(sdist)
     assert [one.failures for one in found.patches] == [("src/old.c:1",), ()] and not found.overwritten
