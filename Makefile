@@ -94,6 +94,7 @@ gpu-run: ## on that machine, with nothing but nvcc, cmake and Python: build, che
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 clean: ## remove the environment and build outputs (not the user's cache)
 	rm -rf $(VENV) build dist

@@ -115,7 +115,7 @@ _HELD_OUT: dict[str, tuple[str, str, str, dict]] = {
     ),
 }  # fmt: skip
 
-# Only what folding rests on: which tensors read a norm, gates, values (quant/fold.py).
+# Only what folding rests on: which tensors read a norm, gates, values (convert/fold.py).
 _FOR_FOLDING: dict[str, tuple[str, str, str, dict]] = {
     # norms whose weights are less 1, embeddings times the root of the width; tied
     "gemma": (

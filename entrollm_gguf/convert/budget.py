@@ -17,8 +17,8 @@ import numpy as np
 
 from entrollm_gguf.calibrate.statistics import TensorStatistics
 from entrollm_gguf.convert.encode import TensorRecord
+from entrollm_gguf.convert.fold import Folding
 from entrollm_gguf.errors import ConversionError
-from entrollm_gguf.quant.fold import Folding
 from entrollm_gguf.quant.profile import Profile
 from entrollm_gguf.quant.step import row_rms
 
@@ -43,7 +43,7 @@ class Sensitivity:
 def sensitivity(name: str, weights: np.ndarray, statistics: TensorStatistics | None, folding: Folding) -> Sensitivity | None:
     """From the gradients by the outputs and the mean squares of the inputs: what a relative error of each row costs.
 
-    A step s costs rows * columns * s^2 / 12 for each weight, and log2(1 / s) bits: at the best place for every bit all these costs are the same, whence s ~ (rows * columns)^-1/2.
+    A step s costs rows * columns * s^2 / 12 for each weight, and log2(1 / s) bits: where each bit does most good, all these costs are the same, so s ~ (rows * columns)^-1/2.
 
     Args:
         weights: as quantized, that is folded.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entrollm_gguf.calibrate.gather import Gathered
+from entrollm_gguf.calibrate.cache import Gathered
 from entrollm_gguf.calibrate.statistics import Statistics, TensorStatistics
 from entrollm_gguf.convert.llama_cpp import SourceModel
 from entrollm_gguf.errors import ConversionError

@@ -229,7 +229,7 @@ def _per_weight(bits: float, tensors: list) -> float | None:
 
 def _not_coded(tensors: Sequence[TensorRecord]) -> str:
     """What becomes of the weights that llama.cpp would quantize and an entropy-coded type cannot hold; empty if there are none."""
-    kept = [t for t in tensors if t.scheme.startswith("kept: ")]
+    kept = [t for t in tensors if t.kept is not None]
     if not kept:
         return ""
     n, n_bytes, n_all = sum(t.n_elements for t in kept), sum(t.n_bytes for t in kept), sum(t.n_elements for t in tensors)
@@ -259,15 +259,14 @@ def print_summary(report: ConversionReport, console: Console) -> None:
         table.add_row("coded matrices", "none: every matrix stays in a stock type")
     if line := _not_coded(report.tensors):
         table.add_row("not coded", line)
-    if kept := [t for t in report.tensors if t.scheme == "as-in-checkpoint"]:
-        rounded = max(t.scale_error for t in kept)
-        how = f"their scales rounded to f16, by {rounded:.1e} at most" if rounded else "with their scales"
-        table.add_row("kept codes", f"of {len(kept)} matrices by bit, {how}")
+    if errors := [t.scale_error for t in report.tensors if t.scale_error is not None]:
+        how = f"their scales rounded to f16, by {max(errors):.1e} at most" if max(errors) else "with their scales"
+        table.add_row("kept codes", f"of {len(errors)} matrices by bit, {how}")
     types = Counter(t.type_name for t in report.tensors)
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in types.most_common()))
     for record in report.tensors:
-        if record.scheme.startswith("kept: "):
-            table.add_row("", f"{record.name} stays {record.type_name}: {record.scheme.removeprefix('kept: ')}")
+        if record.kept is not None:
+            table.add_row("", f"{record.name} stays {record.type_name}: {record.kept}")
         if record.coarse_rows:
             n_rows = math.prod(record.shape[:-1])
             table.add_row(

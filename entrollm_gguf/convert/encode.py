@@ -20,11 +20,12 @@ class TensorRecord:
     type_name: str  # "EQ8", "F32", ...
     shape: tuple[int, ...]  # numpy order
     n_bytes: int
-    scheme: str  # the grid that was chosen, or why the tensor stays in a stock type
+    scheme: str  # as the file's metadata tells it: the grid that was chosen, or why there is none
     entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
     coded_bits: int | None = None  # of the codes alone
     coarse_rows: int = 0  # rows too small for an f16 scale, whose weights are all but lost
-    scale_error: float = 0.0  # of a checkpoint's own scales, by rounding to f16, relative
+    scale_error: float | None = None  # of a checkpoint's own codes: the largest relative rounding of their scales
+    kept: str | None = None  # why a matrix that llama.cpp would quantize stays in a stock type
 
     @property
     def n_elements(self) -> int:

@@ -10,14 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
-import signal
-import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +22,17 @@ import numpy as np
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.budget import FINEST, Survey, Target, corrected, find_target, step_for
 from entrollm_gguf.convert.encode import TensorRecord
+from entrollm_gguf.convert.fold import Folding
 from entrollm_gguf.convert.llama_cpp import Integers, Output, evaluate
 from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
 from entrollm_gguf.convert.recipes import DEFAULT_FOR_INTEGERS, DEFAULT_RECIPE, RATE, Recipe, find_recipe
 from entrollm_gguf.convert.source import Source, check_source, open_source
-from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, chunked_record, finish_tensor
+from entrollm_gguf.convert.tensor import Fate, Treatment, chunked_record, code_tensor, decide, leave_tensor
+from entrollm_gguf.convert.window import window
 from entrollm_gguf.errors import ConversionError, ConversionWarning
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import QUANTIZERS
-from entrollm_gguf.quant.fold import Folding
 
 # Conversions until a size is met: the first step comes from histograms and is right to some tenths of a percent.
 _ATTEMPTS = 6
@@ -112,14 +108,6 @@ class _Encoded:
     def close(self) -> None:
         """Give the disk space back."""
         self.spill.close()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A tensor on its way: a future of (payload, record, ggml type)."""
-
-    future: Future
-    room: int  # weights, and memory beside them in f32 numbers
 
 
 def convert_model(
@@ -333,83 +321,35 @@ def _spill_all(
     tile_cols: int | None,
     progress: Progress | None,
 ) -> list[_Part]:
-    gguf = import_gguf()
-    n_threads = threads or os.cpu_count() or 1
     total = source.n_elements()
     parts: list[_Part] = []
-    jobs: deque[_Job] = deque()
-    in_flight = 0
 
-    def finish_one() -> None:
-        nonlocal in_flight
-        job = jobs.popleft()
-        try:
-            payload, record, ggml_type = job.future.result()
-        except InterruptedError as error:
-            raise KeyboardInterrupt from error
-        in_flight -= job.room
+    def done(finished: tuple[np.ndarray, TensorRecord, int]) -> None:
+        payload, record, ggml_type = finished
         at, size = spill.append(memoryview(payload).cast("B"))
         parts.append(_Part(record, ggml_type, at, size))
         if progress:
             progress(sum(p.record.n_elements for p in parts), total, record.name)
 
-    stop = threading.Event()
-    with _interrupts(stop), ThreadPoolExecutor(n_threads) as pool:
+    with window(threads) as jobs:
 
         def handle(name: str, data: Any, raw_dtype: int | None) -> None:
-            nonlocal in_flight
-            if stop.is_set():
-                raise KeyboardInterrupt
-            if isinstance(data, gguf.LazyChunkedTensor):
-                while jobs:
-                    finish_one()
+            decision = decide(name, data, raw_dtype)
+            if decision.fate is Fate.IN_CHUNKS:
+                jobs.drain()
                 parts.append(_write_chunked(name, data, raw_dtype, spill))
                 return
-            n_weights = math.prod(data.shape)
-            treatment = treat(name)
-            room = n_weights + treatment.workspace
-            while jobs and (in_flight + room > MAX_WEIGHTS_IN_FLIGHT or len(jobs) >= 2 * n_threads):
-                finish_one()
-            # a tensor that is alone gets all threads, one of many gets one
-            inner = n_threads if room > MAX_WEIGHTS_IN_FLIGHT else 1
-            work = functools.partial(finish_tensor, name, evaluate(data), raw_dtype, treatment, inner, tile_cols, stop, folding)
-            jobs.append(_Job(pool.submit(work), room))
-            in_flight += room
+            room = math.prod(data.shape)
+            if decision.fate is Fate.CODED:
+                treatment = treat(name)
+                room += treatment.workspace
+                work = functools.partial(code_tensor, name, evaluate(data), treatment, folding, jobs.threads_for(room), tile_cols)
+            else:
+                work = functools.partial(leave_tensor, name, evaluate(data), raw_dtype, decision, folding, jobs.threads_for(room))
+            jobs.put(room, work, done)
 
-        try:
-            source.each_tensor(handle)
-            while jobs:
-                finish_one()
-            if stop.is_set():
-                raise KeyboardInterrupt
-        except BaseException:
-            stop.set()  # an interrupt or an error: what is queued returns at once
-            raise
+        source.each_tensor(handle)
     return parts
-
-
-@contextlib.contextmanager
-def _interrupts(stop: threading.Event) -> Iterator[None]:
-    """Remember signals that raise KeyboardInterrupt in `stop` as well: Python drops one that arrives inside a destructor or a callback."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    found = (
-        (name, signal.getsignal(signal.Signals[name])) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
-    )
-    previous = {signal.Signals[name]: handler for name, handler in found if callable(handler)}
-
-    def remember(number: int, frame: Any) -> None:
-        stop.set()
-        previous[signal.Signals(number)](number, frame)
-
-    for number in previous:
-        signal.signal(number, remember)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:

@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import tempfile
-import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +17,16 @@ from entrollm_gguf import __version__
 from entrollm_gguf.calibrate import Statistics, check_fit, gather, read_imatrix
 from entrollm_gguf.convert.budget import Sensitivity, Survey, sensitivity
 from entrollm_gguf.convert.calibrated import to_gguf
-from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord
+from entrollm_gguf.convert.fold import EXPONENT, Folding, plan_folding
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.recipes import RATE, Recipe
 from entrollm_gguf.convert.source import Source, as_folder
-from entrollm_gguf.convert.tensor import MAX_WEIGHTS_IN_FLIGHT, Treatment, chunked_record, finish_tensor, keep
+from entrollm_gguf.convert.tensor import Decision, Fate, Treatment, chunked_record, decide, keep, leave_tensor
+from entrollm_gguf.convert.window import window
 from entrollm_gguf.errors import ConversionError
-from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import NotFiniteError, Profile, QuantizeError, profile, quantize_step
 from entrollm_gguf.quant.feedback import workspace
-from entrollm_gguf.quant.fold import EXPONENT, Folding, plan_folding
 from entrollm_gguf.texts import read_text
 
 Progress = Callable[[int, int, str], None]
@@ -153,65 +148,51 @@ def survey_model(source: Source, basis: Basis, *, threads: int | None = None, pr
     total, done = source.n_elements(), 0
     profiles: dict[str, Profile] = {}
     kept: dict[str, TensorRecord] = {}
-    types = import_gguf().GGMLQuantizationType
-    futures: deque[tuple[str, int, Future]] = deque()
     sensitivities: dict[str, Sensitivity] = {}
-    stays = Treatment(RATE.kind, quantize_step)  # not called: whatever comes to it is kept
-    in_flight = 0
 
-    def look(name: str, weights: np.ndarray) -> tuple[Profile | TensorRecord, Sensitivity | None]:
+    def look(name: str, weights: np.ndarray) -> tuple[str, Profile | TensorRecord, Sensitivity | None]:
         weights = basis.folding.apply(name, weights)
         statistics = None if basis.statistics is None else basis.statistics.tensors.get(name)
         one = sensitivity(name, weights, statistics, basis.folding)
         try:
-            return profile(weights, None if one is None else one.row_factors), one
-        except NotFiniteError:
-            raise
-        except QuantizeError as error:
-            return keep(name, weights, str(error))[1], None
-
-    def finish_one() -> None:
-        nonlocal done, in_flight
-        name, n_weights, future = futures.popleft()
-        in_flight -= n_weights
-        try:
-            found, one = future.result()
+            return name, profile(weights, None if one is None else one.row_factors), one
         except NotFiniteError as error:
             raise ConversionError(f"tensor {name}: {error}; the checkpoint is damaged or its training diverged") from error
-        if isinstance(found, TensorRecord):
-            kept[name] = found
+        except QuantizeError as error:
+            return name, keep(name, weights, str(error))[1], None
+
+    def leave(name: str, data: np.ndarray, raw_dtype: int | None, decision: Decision, threads: int) -> tuple[str, TensorRecord, None]:
+        return name, leave_tensor(name, data, raw_dtype, decision, basis.folding, threads)[1], None
+
+    def note(found: tuple[str, Profile | TensorRecord, Sensitivity | None]) -> None:
+        nonlocal done
+        name, one, sensitive = found
+        if isinstance(one, TensorRecord):
+            kept[name] = one
+            done += one.n_elements
         else:
-            profiles[name] = found
-        if one is not None:
-            sensitivities[name] = one
-        done += n_weights
+            profiles[name] = one
+            done += one.n_weights
+        if sensitive is not None:
+            sensitivities[name] = sensitive
         if progress:
             progress(done, total, name)
 
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with window(threads) as jobs:
 
         def handle(name: str, data: Any, raw_dtype: int | None) -> None:
-            nonlocal done, in_flight
-            shape = tuple(data.shape)
-            chunked = isinstance(data, import_gguf().LazyChunkedTensor)
-            if not chunked and raw_dtype == types.BF16 and data.dtype != np.uint8 and reason_to_keep(name, shape) is None:
-                n_weights = math.prod(shape)
-                while futures and (in_flight + n_weights > MAX_WEIGHTS_IN_FLIGHT or len(futures) > (threads or os.cpu_count() or 1)):
-                    finish_one()
-                in_flight += n_weights
-                futures.append((name, n_weights, pool.submit(look, name, evaluate(data))))
-                return
-            if chunked:
-                kept[name] = chunked_record(name, data, raw_dtype)
+            decision = decide(name, data, raw_dtype)
+            room = math.prod(data.shape)
+            if decision.fate is Fate.IN_CHUNKS:
+                jobs.drain()
+                note((name, chunked_record(name, data, raw_dtype), None))
+            elif decision.fate is Fate.CODED:
+                jobs.put(room, functools.partial(look, name, evaluate(data)), note)
             else:
-                _, kept[name], _ = finish_tensor(
-                    name, evaluate(data), raw_dtype, stays, threads or os.cpu_count() or 1, None, threading.Event(), basis.folding
-                )
-            done += kept[name].n_elements
+                work = functools.partial(leave, name, evaluate(data), raw_dtype, decision, jobs.threads_for(room))
+                jobs.put(room, work, note)
 
         source.each_tensor(handle)
-        while futures:
-            finish_one()
     # a header of the same tensors without their data; each takes its name, shape, type and place
     records = [TensorRecord(name, "", one.shape, 0, _SOME_SCHEME) for name, one in profiles.items()] + list(kept.values())
     with tempfile.TemporaryDirectory() as folder:

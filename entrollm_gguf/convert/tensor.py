@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,11 @@ import numpy as np
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.eligibility import can_be_q8_0, reason_to_keep
 from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
+from entrollm_gguf.convert.fold import Folding
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import Quantizer
 from entrollm_gguf.quant.base import MAX_COARSE, map_chunks
-from entrollm_gguf.quant.fold import Folding
-
-# Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are encoded alone, by all threads.
-MAX_WEIGHTS_IN_FLIGHT = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -32,41 +29,70 @@ class Treatment:
     workspace: int = 0  # memory that quantizing takes beside the weights, in f32 numbers
 
 
-def finish_tensor(
-    name: str,
-    data: Any,
-    raw_dtype: int | None,
-    treatment: Treatment,
-    threads: int,
-    tile_cols: int | None,
-    stop: threading.Event,
-    folding: Folding,
-) -> tuple[np.ndarray, TensorRecord, int]:
-    """Final bytes, record and ggml type of one tensor.
+class Fate(Enum):
+    """What becomes of a tensor."""
+
+    CODED = "entropy-coded, if its weights allow it"
+    KEPT = "would be quantized by llama.cpp, and goes to a stock type"
+    AS_IS = "in its final type already"
+    IN_CHUNKS = "larger than memory, and written piece by piece in the type upstream chose"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a tensor, by its name, shape and type."""
+
+    fate: Fate
+    reason: str = ""  # for KEPT
+
+
+def decide(name: str, data: Any, raw_dtype: int | None) -> Decision:
+    """The one place where it is decided.
 
     Args:
-        data: as the converter class hands it over, with the type it would have (`SourceModel.each_tensor`).
+        data, raw_dtype: as the source hands them over (`SourceModel.each_tensor`); no weights are read.
+    """
+    gguf = import_gguf()
+    if isinstance(data, gguf.LazyChunkedTensor):
+        return Decision(Fate.IN_CHUNKS)
+    if raw_dtype != gguf.GGMLQuantizationType.BF16 or data.dtype == np.uint8:
+        return Decision(Fate.AS_IS)
+    reason = reason_to_keep(name, tuple(data.shape))
+    return Decision(Fate.CODED) if reason is None else Decision(Fate.KEPT, reason)
+
+
+def code_tensor(
+    name: str, weights: np.ndarray, treatment: Treatment, folding: Folding, threads: int, tile_cols: int | None
+) -> tuple[np.ndarray, TensorRecord, int]:
+    """Final bytes, record and ggml type of a tensor that is to be entropy-coded; in a stock type where its weights do not allow it.
+
+    Args:
+        weights: f16 or f32.
         folding: factors that are applied first.
     Raises:
-        InterruptedError: stop is set.
         ConversionError: NaN or infinite weights.
     """
-    if stop.is_set():
-        raise InterruptedError
+    weights = folding.apply(name, weights)
+    try:
+        payload, record = encode_tensor(name, weights, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=threads)
+    except Unquantizable as error:
+        return keep(name, weights, str(error), threads)
+    return payload, record, import_gguf().GGMLQuantizationType[record.type_name]
+
+
+def leave_tensor(
+    name: str, data: np.ndarray, raw_dtype: int | None, decision: Decision, folding: Folding, threads: int
+) -> tuple[np.ndarray, TensorRecord, int]:
+    """The same of one that is kept or as it is.
+
+    Args:
+        data, raw_dtype: as for `decide`, evaluated.
+    Raises:
+        ConversionError: NaN weights, or infinite ones where there may be none.
+    """
     if data.dtype in (np.float16, np.float32):
         data = folding.apply(name, data)
-    gguf = import_gguf()
-    types = gguf.GGMLQuantizationType
-    if raw_dtype != types.BF16 or data.dtype == np.uint8:
-        return _as_is(name, data, raw_dtype)
-    reason = reason_to_keep(name, tuple(data.shape))
-    if reason is None:
-        try:
-            payload, record = encode_tensor(name, data, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=threads)
-            return payload, record, types[record.type_name]
-        except Unquantizable as error:
-            reason = str(error)
-    return keep(name, data, reason, threads)
+    return keep(name, data, decision.reason, threads) if decision.fate is Fate.KEPT else _as_is(name, data, raw_dtype)
 
 
 def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarray, TensorRecord, int]:
@@ -125,7 +151,7 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> t
             break
     else:
         ggml_type, kept, n_lost = types.F32, rows.astype(np.float32, copy=False), 0
-    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, f"kept: {reason}", coarse_rows=n_lost)
+    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, f"kept: {reason}", coarse_rows=n_lost, kept=reason)
     return kept.reshape(-1).view(np.uint8), record, ggml_type
 
 
@@ -133,7 +159,8 @@ def chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
     """The record of a table larger than memory (gguf.LazyChunkedTensor), which is written as upstream has it."""
     gguf = import_gguf()
     shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
-    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, "kept: read in chunks")
+    reason = "read in chunks"
+    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, f"kept: {reason}", kept=reason)
 
 
 # Share of its energy that a row may lose. Q8_0: half a step of 1/127 of a block's largest weight for each of 32 weights, if that weight stands

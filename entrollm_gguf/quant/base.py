@@ -41,7 +41,7 @@ class Quantized:
     scheme: str  # what was chosen, as recorded in the file's metadata
     n_coarse: int = 0  # rows that `count_coarse` found
     kind: EntropyType | None = None  # where the codes decide on it; else what was asked for
-    scale_error: float = 0.0  # the largest relative rounding of scales that were given
+    scale_error: float | None = None  # of codes and scales that were given: the largest relative rounding of a scale to f16
 
 
 Quantizer = Callable[[np.ndarray, EntropyType, int | None], Quantized]

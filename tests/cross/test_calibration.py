@@ -15,7 +15,8 @@ import pytest
 
 from entrollm_gguf import codec, runtime
 from entrollm_gguf.calibrate import gather, read_imatrix
-from entrollm_gguf.calibrate.gather import CONTEXT, Gathered, ModuleStatistics
+from entrollm_gguf.calibrate.cache import Gathered, ModuleStatistics
+from entrollm_gguf.calibrate.model import CONTEXT, checkpoint_shapes
 from entrollm_gguf.cli import main
 from entrollm_gguf.convert.calibrated import to_gguf
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
@@ -176,7 +177,7 @@ def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
     import torch
 
     folder = tiny_model("qwen2_moe").folder
-    opened = gather_module._open
+    opened = gather_module.open_model
 
     def without_the_last_expert(*arguments):
         model, tokenizer = opened(*arguments)
@@ -184,7 +185,7 @@ def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
             layer.mlp.gate.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([3]), -1e9))
         return model, tokenizer
 
-    monkeypatch.setattr(gather_module, "_open", without_the_last_expert)
+    monkeypatch.setattr(gather_module, "open_model", without_the_last_expert)
     out = tmp_path / "out.gguf"
     report = convert_model(folder, out, bits=5, calibration=Calibration(text=text, n_sequences=1))
     statistics = to_gguf(gather(folder, text, n_sequences=1), SourceModel(folder))
@@ -256,7 +257,7 @@ def test_own_text_is_what_the_model_writes(tiny_model, tmp_path):
     )
 
     def write():
-        return gather_module._own_text(model, tokenizer, 3, 40, 0, tmp_path, None)
+        return gather_module.own_text(model, tokenizer, 3, 40, 0, tmp_path, None)
 
     plain = write()
     assert plain.shape == (3, 40) and (plain == end).any() and len(set(plain[:, -5:].ravel())) > 5
@@ -282,7 +283,7 @@ def test_source_tells_what_was_read(tiny_model, text):
 
 def test_own_text_cache_and_resumption(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("llama").folder
-    monkeypatch.setattr(gather_module, "_GROUP_BYTES", 2_000_000)  # several runs
+    monkeypatch.setattr(gather_module, "GROUP_BYTES", 2_000_000)  # several runs
     runs = []
 
     class Stopped(Exception):
@@ -300,10 +301,10 @@ def test_own_text_cache_and_resumption(tiny_model, tmp_path, monkeypatch):
     broken = next((tmp_path / "cache").rglob(sorted(kept)[-1]))
     broken.write_bytes(broken.read_bytes()[:-4])  # the machine stopped, too
     del kept[broken.name]
-    monkeypatch.setattr(gather_module, "_own_text", None)  # the text is there
+    monkeypatch.setattr(gather_module, "own_text", None)  # the text is there
     resumed = gather(folder, None, n_sequences=2, seed=5)
     assert all(path.stat().st_mtime_ns == kept[path.name] for path in (tmp_path / "cache").rglob("hessian-*.npy") if path.name in kept)
-    monkeypatch.setattr(gather_module, "_open", None)  # no model is loaded any more
+    monkeypatch.setattr(gather_module, "open_model", None)  # no model is loaded any more
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))  # nor would there be room
     again = gather(folder, None, n_sequences=2, seed=5)
     assert again.modules.keys() == resumed.modules.keys() and again.source == resumed.source
@@ -343,8 +344,8 @@ def test_a_damaged_cache_is_gathered_again(tiny_model, text, tmp_path):
 
 
 def test_two_at_a_time_gather_once(tiny_model, text, monkeypatch):
-    folder, opened, calls = tiny_model("mistral").folder, gather_module._open, []
-    monkeypatch.setattr(gather_module, "_open", lambda *arguments: (calls.append(1), opened(*arguments))[1])
+    folder, opened, calls = tiny_model("mistral").folder, gather_module.open_model, []
+    monkeypatch.setattr(gather_module, "open_model", lambda *arguments: (calls.append(1), opened(*arguments))[1])
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda _: gather(folder, text, n_sequences=1), range(2))
     assert len(calls) == 1 and one.source == two.source
@@ -383,9 +384,9 @@ def test_where_the_model_runs(tiny_model, text, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model("llama").folder, folder)
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # which transformers does not load
-    n_weights, widths = gather_module._checkpoint(folder)
+    n_weights, widths = checkpoint_shapes(folder)
     assert n_weights == sum(p.numel() for p in load(folder).parameters()) and max(widths) == 1024 + 32
-    full, half = gather_module._places(folder)
+    full, half = gather_module.find_places(folder)
     assert (full.device, full.dtype, half.dtype) == ("cpu", "float32", "bfloat16")
     assert full.needed - half.needed == pytest.approx(2.4 * n_weights) and full.needed > 4.8 * n_weights + 2 * 4 * max(widths) ** 2
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=(full.needed + half.needed) / 2))
@@ -410,7 +411,7 @@ def test_where_the_model_runs(tiny_model, text, tmp_path, monkeypatch):
 
 def test_what_the_model_raises_is_one_line(tiny_model, text, tmp_path, monkeypatch, capsys):
     """Whatever fails inside names the folder and what to do instead."""
-    folder, out, opened = tiny_model("llama").folder, str(tmp_path / "out.gguf"), gather_module._open
+    folder, out, opened = tiny_model("llama").folder, str(tmp_path / "out.gguf"), gather_module.open_model
 
     def failing(error, when):
         def hook(module, args, output):
@@ -430,12 +431,12 @@ def test_what_the_model_raises_is_one_line(tiny_model, text, tmp_path, monkeypat
         (MemoryError(), True, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False, "out of memory"),
     ):
-        monkeypatch.setattr(gather_module, "_open", failing(error, with_gradients))
+        monkeypatch.setattr(gather_module, "open_model", failing(error, with_gradients))
         with pytest.raises(ConversionError) as caught:
             gather(folder, text, n_sequences=1)
         line = str(caught.value)
         assert str(folder) in line and words in line and "--imatrix" in line and "\n" not in line
-    monkeypatch.setattr(gather_module, "_open", opened)
+    monkeypatch.setattr(gather_module, "open_model", opened)
     odd = tmp_path / "odd"
     shutil.copytree(folder, odd)
     config = json.loads((odd / "config.json").read_text())

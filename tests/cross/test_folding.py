@@ -9,9 +9,9 @@ from models import FOR_FOLDING
 from running import logits
 
 from entrollm_gguf.calibrate import Statistics, TensorStatistics
+from entrollm_gguf.convert.fold import Folding, plan_folding
 from entrollm_gguf.convert.llama_cpp import Output, SourceModel, evaluate
 from entrollm_gguf.gguf_io.patched import import_gguf
-from entrollm_gguf.quant.fold import Folding, plan_folding
 
 EXACT = ("llama", "mistral", "phi3", "qwen2", "qwen2_moe", "gemma3", "qwen3", "mixtral", "granite", "olmo2", *FOR_FOLDING)
 NOT_FOLDED = ("gpt2", "starcoder2", "gpt_neox", "mamba")

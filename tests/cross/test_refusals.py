@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from running import TOKENS, logits
 
-from entrollm_gguf import codec, codec_c
+from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.codec import c as codec_c
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
 

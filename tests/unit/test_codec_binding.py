@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entrollm_gguf import codec, codec_c
+from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType, Payload
+from entrollm_gguf.codec import c as codec_c
 from entrollm_gguf.errors import FormatError
 
 EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.tensor import Treatment, finish_tensor, keep
+from entrollm_gguf.convert.fold import Folding
+from entrollm_gguf.convert.tensor import Fate, Treatment, code_tensor, decide, keep, leave_tensor
 from entrollm_gguf.errors import ConversionError, FormatError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import quantize_rows
-from entrollm_gguf.quant.fold import Folding
 
 EMBEDDING = "per_layer_token_embd.weight"  # read row by row: not coded, but Q8_0 in llama-quantize
 
@@ -54,7 +52,12 @@ def spike(weights: np.ndarray, value: float) -> np.ndarray:
 def test_the_smallest_type_that_holds_it(rng, name, change, type_name):
     weights = change(rng.normal(0, 0.02, (64, 96)).astype(np.float32))
     payload, record, ggml_type = keep(name, weights, "why")
-    assert record.type_name == ggml_type.name == type_name and record.scheme == "kept: why" and record.shape == weights.shape
+    assert (
+        record.type_name == ggml_type.name == type_name
+        and record.scheme == "kept: why"
+        and record.kept == "why"
+        and record.shape == weights.shape
+    )
     assert payload.nbytes == record.n_bytes and record.coarse_rows == 0
     if weights.size == 0:
         return
@@ -86,7 +89,11 @@ def test_what_the_converter_makes_of_it(rng):
     weights = rng.normal(0, 0.02, (64, 96)).astype(np.float32)
     made = {}
     for name, data in ((EMBEDDING, weights), ("blk.0.ffn_down.weight", weights * np.float32(1e-7)), ("blk.1.ffn_down.weight", weights)):
-        _, made[name], _ = finish_tensor(name, data, types.BF16, treatment, 1, None, threading.Event(), Folding())
+        decision = decide(name, data, types.BF16)
+        if decision.fate is Fate.CODED:
+            _, made[name], _ = code_tensor(name, data, treatment, Folding(), 1, None)
+        else:
+            _, made[name], _ = leave_tensor(name, data, types.BF16, decision, Folding(), 1)
     assert [(one.type_name, one.scheme) for one in made.values()][::2] == [
         ("Q8_0", "kept: read row by row from disk"),
         ("EQ8", "symmetric-rows"),
