@@ -15,7 +15,7 @@ FUZZ_MINUTES ?= 5
 PART ?= 4/1
 
 .PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream test-soak fuzz
-.PHONY: bench-micro bench-e2e bench-memory bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
+.PHONY: bench-micro bench-e2e bench-memory bench-scale bench-starved bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,14 @@ bench-micro: runtime ## decoding and matrix products of the CPU kernels beside s
 bench-e2e: runtime ## llama-bench over stock types and ours in load and fused mode, in alternating rounds; build/bench/e2e.json
 	@mkdir -p build/bench
 	$(BIN)/python bench/e2e.py build/bench/e2e.json
+
+bench-scale: runtime ## a random model of 1 G weights beside stock types, cold starts, memory's speed; 8 GB of files, half an hour; build/bench/scale.json
+	@mkdir -p build/bench
+	$(BIN)/python bench/scale.py build/scale build/bench/scale.json
+
+bench-starved: runtime ## the same files where memory is short; needs root and the files of bench-scale; build/bench/starved.json
+	@mkdir -p build/bench
+	$(BIN)/python bench/starved.py build/scale build/bench/starved.json 850
 
 bench-memory: runtime ## resident memory of fused mode against the compressed size, cold starts; build/bench/memory.json
 	@mkdir -p build/bench

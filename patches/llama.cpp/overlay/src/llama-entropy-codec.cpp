@@ -142,16 +142,15 @@ struct lanes_maker {
     const int64_t               n_weights; // of a slab
     const row_chunks            chunks;    // of 32 rows
     std::vector<slab>           slabs;
-    std::unique_ptr<int8_t[]>   codes;
+    int8_t                    * codes;     // of all slabs
     std::mutex                  mutex;     // of what the chunks of a slab add to
     uint8_t                   * to;
     ggml_entropy_status         status = GGML_ENTROPY_OK;
     int                         n_threads = 0;
 
-    lanes_maker(const ggml_entropy_view * views, int64_t n_slabs, uint8_t * to) :
+    lanes_maker(const ggml_entropy_view * views, int64_t n_slabs, int8_t * codes, uint8_t * to) :
         views(views), first(views[0].header), type(first.kind == GGML_ENTROPY_KIND_EQ8 ? GGML_TYPE_EQ8 : GGML_TYPE_EQ4), n_slabs(n_slabs),
-        n_weights(count_weights(first)), chunks(first, n_slabs, GGML_ENTROPY_LANES), slabs(n_slabs), codes(new int8_t[n_weights*n_slabs]),
-        to(to) {
+        n_weights(count_weights(first)), chunks(first, n_slabs, GGML_ENTROPY_LANES), slabs(n_slabs), codes(codes), to(to) {
         for (auto & slab : slabs) { // here, since a worker could not tell that memory is short
             slab.lane_words.resize(chunks.n_groups*((first.n_cols + first.tile_cols - 1)/first.tile_cols)*GGML_ENTROPY_LANES);
         }
@@ -170,11 +169,11 @@ struct lanes_maker {
     }
 
     const int8_t * codes_of(int64_t i) const {
-        return codes.get() + i*n_weights;
+        return codes + i*n_weights;
     }
 
     ggml_entropy_status decode(int64_t i, int64_t group0, int64_t group1) {
-        int8_t * q = codes.get() + i*n_weights + group0*GGML_ENTROPY_LANES*first.n_cols;
+        int8_t * q = codes + i*n_weights + group0*GGML_ENTROPY_LANES*first.n_cols;
         ggml_entropy_status result = ggml_entropy_decode_groups(&views[i], 2*group0, std::min(2*group1, views[i].n_groups), q);
         uint64_t counts[256] = {};
         if (result == GGML_ENTROPY_OK) {
@@ -235,7 +234,8 @@ int64_t llama_entropy_lanes::batch(const llama_entropy_slabs & slabs) {
 }
 
 bool llama_entropy_lanes::make(const llama_entropy_slabs & slabs, int64_t slab0, int64_t slab1, uint8_t * to) {
-    lanes_maker maker(slabs.data() + slab0, slab1 - slab0, to);
+    int8_t * q = (int8_t *) codes.of(count_weights(slabs[slab0].header)*(slab1 - slab0));
+    lanes_maker maker(slabs.data() + slab0, slab1 - slab0, q, to);
     bool ok = maker.each_chunk(&lanes_maker::decode) && maker.each_slab(&lanes_maker::plan) && maker.each_chunk(&lanes_maker::measure);
     for (int64_t i = 0; ok && i < slab1 - slab0; i++) {
         const size_t size = maker.size(i);

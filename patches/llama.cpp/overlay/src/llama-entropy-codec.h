@@ -12,10 +12,28 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // The slabs of a validated tensor: all have the same shape, modes and sizes.
 using llama_entropy_slabs = std::vector<ggml_entropy_view>;
+
+// Memory that tensors use one after the other: fresh memory costs the system about as much as the work that is done on it.
+struct llama_entropy_buffer {
+    std::unique_ptr<uint8_t[]> data;
+    size_t size = 0;
+
+    // At least n bytes, 16-byte aligned; what was in them is lost.
+    uint8_t * of(size_t n) {
+        if (size < n) {
+            data.reset(); // first, so that both are never there together
+            size = 0;
+            data.reset(new uint8_t[n]);
+            size = n;
+        }
+        return data.get();
+    }
+};
 
 // Decode into rows of type plain, slab after slab. Returns the number of threads; *result is what the codec says.
 int llama_entropy_decode_slabs(const llama_entropy_slabs & slabs, ggml_type plain, uint8_t * dst, ggml_entropy_status * result);
@@ -30,6 +48,8 @@ struct llama_entropy_lanes {
     int64_t misfit = -1;                          // number of the first slab that does not fit in device_size
     size_t  needed = 0;                           // bytes that it needs; 0 if a lane gets too long
     int     n_threads = 0;                        // most
+
+    llama_entropy_buffer codes;
 
     // Slabs that are worth making at a time. Each weight of them takes a byte of memory, beside the slabs in both layouts.
     static int64_t batch(const llama_entropy_slabs & slabs);

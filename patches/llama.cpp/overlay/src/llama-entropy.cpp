@@ -381,18 +381,19 @@ static void drop_pages(const uint8_t * data, size_t n_bytes) {
 
 // The payload as a decoder wants it, at a multiple of 8: where it is mapped, or read into buf.
 static const uint8_t * bring_payload(
-        const ggml_tensor * src, const uint8_t * mapped, llama_file & file, size_t offs, std::vector<no_init<uint8_t>> & buf) {
+        const ggml_tensor * src, const uint8_t * mapped, llama_file & file, size_t offs, llama_entropy_buffer & buf) {
     if (mapped != nullptr && (uintptr_t) mapped % 8 == 0) {
         return mapped;
     }
-    buf.resize(ggml_nbytes(src));
+    const size_t n_bytes = ggml_nbytes(src);
+    uint8_t * to = buf.of(n_bytes);
     if (mapped != nullptr) {
-        memcpy((void *) buf.data(), mapped, buf.size()); // general.alignment below 8, or a GGUF inside another file
+        memcpy(to, mapped, n_bytes); // general.alignment below 8, or a GGUF inside another file
     } else {
         file.seek(offs, SEEK_SET);
-        file.read_raw(buf.data(), buf.size());
+        file.read_raw(to, n_bytes);
     }
-    return (const uint8_t *) buf.data();
+    return to;
 }
 
 static void check_f16(const ggml_tensor * src, const llama_entropy_slabs & slabs, const char * why) {
@@ -405,22 +406,22 @@ static void check_f16(const ggml_tensor * src, const llama_entropy_slabs & slabs
 // Hand the slabs of src to sink(coded, slab0, bytes) in the device layout, some at a time: coded has type, shape and strides of those in
 // hand, the first of which is slab0. Ends early if sink returns false, or if one cannot be made: see lanes.
 static bool each_lanes(
-        const ggml_tensor * src, const llama_entropy_slabs & slabs, llama_entropy_lanes * lanes,
+        const ggml_tensor * src, const llama_entropy_slabs & slabs, llama_entropy_lanes * lanes, llama_entropy_buffer & buf,
         const std::function<bool(const ggml_tensor & coded, int64_t slab0, const uint8_t * bytes)> & sink) {
     const size_t  device_size = slabs[0].header.device_size;
     const int64_t n_slabs     = (int64_t) slabs.size();
     const int64_t n_batch     = lanes->batch(slabs);
-    std::vector<no_init<uint8_t>> buf(n_batch*device_size);
+    uint8_t * bytes = buf.of(n_batch*device_size);
     for (int64_t slab0 = 0; slab0 < n_slabs; slab0 += n_batch) {
         const int64_t slab1 = std::min(slab0 + n_batch, n_slabs);
-        if (!lanes->make(slabs, slab0, slab1, (uint8_t *) buf.data())) {
+        if (!lanes->make(slabs, slab0, slab1, bytes)) {
             return false;
         }
         ggml_tensor coded = *src;
         coded.ne[2] = slab1 - slab0;
         coded.nb[2] = device_size;
         coded.nb[3] = device_size*coded.ne[2];
-        if (!sink(coded, slab0, (const uint8_t *) buf.data())) {
+        if (!sink(coded, slab0, bytes)) {
             return false;
         }
     }
@@ -450,18 +451,16 @@ bool llama_entropy::load(const ggml_tensor * src, ggml_tensor * dst, const uint8
 }
 
 bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const uint8_t * mapped, llama_file & file, size_t offs, bool check) {
-    std::vector<no_init<uint8_t>> staged;
     bool done = true;
     if (has_device_layout(dst)) {
-        const uint8_t * coded = bring_payload(src, mapped, file, offs, staged);
+        const uint8_t * coded = bring_payload(src, mapped, file, offs, payload_buf);
         const llama_entropy_slabs slabs = validate(src, coded, check);
         check_f16(src, slabs, "in which the device computes large batches: keep it on the CPU in mode fused");
-        llama_entropy_lanes lanes;
         const auto upload = [&](const ggml_tensor & part, int64_t slab0, const uint8_t * bytes) {
             ggml_backend_tensor_set(dst, bytes, slab0*part.nb[2], part.nb[3]);
             return true;
         };
-        if (!each_lanes(src, slabs, &lanes, upload)) {
+        if (!each_lanes(src, slabs, &lanes, device_buf, upload)) {
             throw_no_lanes(src, lanes, dst->nb[2]);
         }
         if (mapped != nullptr) {
@@ -476,10 +475,7 @@ bool llama_entropy::load_coded(const ggml_tensor * src, ggml_tensor * dst, const
         done = false;
     } else {
         const bool is_host = ggml_backend_buffer_is_host(dst->buffer);
-        if (!is_host) {
-            staged.resize(ggml_nbytes(src));
-        }
-        uint8_t * to = is_host ? (uint8_t *) dst->data : (uint8_t *) staged.data();
+        uint8_t * to = is_host ? (uint8_t *) dst->data : payload_buf.of(ggml_nbytes(src));
         file.seek(offs, SEEK_SET);
         file.read_raw(to, ggml_nbytes(src));
         validate(src, to, check);
@@ -496,8 +492,7 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
     const int64_t t_start = ggml_time_us();
     const size_t  n_plain = ggml_nbytes(dst);
 
-    std::vector<no_init<uint8_t>> staged;
-    const uint8_t * coded = bring_payload(src, mapped, file, offs, staged);
+    const uint8_t * coded = bring_payload(src, mapped, file, offs, payload_buf);
     const llama_entropy_slabs slabs = validate(src, coded, check);
     if (dst->type == GGML_TYPE_F16) {
         check_f16(src, slabs, "to which mode load decodes it: use mode fused (GGML_ENTROPY_MODE=fused)");
@@ -505,15 +500,14 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
 
     // for a device, too: to bring the payload into its layout would take longer than to decode it (docs/cuda.md of EntroLLM-GGUF)
     const bool in_place = ggml_backend_buffer_is_host(dst->buffer);
-    std::vector<no_init<uint8_t>> plain_buf(in_place ? 0 : n_plain);
-    uint8_t * plain = in_place ? (uint8_t *) dst->data : (uint8_t *) plain_buf.data();
+    uint8_t * rows = in_place ? (uint8_t *) dst->data : plain_buf.of(n_plain);
     ggml_entropy_status status;
-    const int n_threads = llama_entropy_decode_slabs(slabs, dst->type, plain, &status);
+    const int n_threads = llama_entropy_decode_slabs(slabs, dst->type, rows, &status);
     if (status != GGML_ENTROPY_OK) {
         throw_damaged(src, status);
     }
     if (!in_place) {
-        ggml_backend_tensor_set(dst, plain, 0, n_plain);
+        ggml_backend_tensor_set(dst, rows, 0, n_plain);
     }
     if (mapped != nullptr) {
         drop_pages(mapped, ggml_nbytes(src));

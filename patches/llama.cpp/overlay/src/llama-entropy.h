@@ -20,6 +20,7 @@
 #include "llama.h"
 
 #include "llama-arch.h"
+#include "llama-entropy-codec.h"
 
 #include "ggml-backend.h"
 #include "../ggml/src/ggml-entropy.h"
@@ -99,6 +100,9 @@ private:
         size_t n_coded   = 0; // bytes in memory
         std::vector<ggml_backend_dev_t> devices; // that compute on them
     } fused;
+
+    llama_entropy_buffer payload_buf, plain_buf, device_buf; // of the tensor in hand
+    llama_entropy_lanes  lanes;
 
     void survey(const llama_model_loader & ml);
     void read_mode(const llama_model_loader & ml);
