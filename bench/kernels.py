@@ -2,9 +2,9 @@
 """Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`, a quarter of an hour on two cores.
 
 One column: decoding and multiplying by one column of activations, one thread, at every kernel level, for matrices of EQ8 at several entropies
-beside Q8_0 in the same run; and the portable decoder alone, codes of the same matrices from their payloads. Several columns:
-test-backend-ops in mode perf (on half as many threads as there are processors), entropy-coded types at every kernel level beside the stock
-types they decode to. Levels and types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever
+beside Q8_0 in the same run; and the portable decoder alone, codes of the same matrices from their payloads. Several columns, and experts (4
+of 32 for each token): test-backend-ops in mode perf (on half as many threads as there are processors), entropy-coded types at every kernel
+level beside the stock types they decode to. Levels and types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever
 make it slower.
 """
 
@@ -27,7 +27,7 @@ from entrollm_gguf import codec, runtime
 from entrollm_gguf.codec import EntropyType, Payload
 from entrollm_gguf.eval.compare import environment
 
-_LINE = re.compile(r"MUL_MAT\(type_a=(\w+),.*?m=(\d+),n=(\d+),k=(\d+).*?([\d.]+) us/run")
+_LINE = re.compile(r"(MUL_MAT(?:_ID)?)\(type_a=(\w+),.*?m=(\d+),n=(\d+),k=(\d+).*?([\d.]+) us/run")
 
 
 _SHAPES = ((2048, 1024), (4096, 14336), (1536, 576))  # one that stays in the cache, a layer of a model of 8B, one of 135M
@@ -104,27 +104,32 @@ def levels() -> list[str]:
     return [name for name in names if name != "ref"]
 
 
+_PRODUCTS = (("MUL_MAT", "m=4096,n=(1|2|4|8|512),k=14336"), ("MUL_MAT_ID", "m=1792,n=(1|4|8|512),k=2048"))
+
+
 def products(repeats: int) -> list[dict]:
     """Microseconds of matrix products."""
     best: dict[tuple, float] = {}
-    shapes = r"m=4096,n=(1|8|512),k=14336"
-    runs = [(level, rf"type_a=eq[48],{shapes}") for level in levels()] + [("stock", rf"type_a=q[48]_0,type_b=f32,{shapes}")]
+    types = [(level, "type_a=eq[48],") for level in levels()] + [("stock", "type_a=q[48]_0,type_b=f32,")]
     for _ in range(repeats):
-        for level, pattern in runs:
-            command = [runtime.tool("test-backend-ops"), "perf", "-b", "CPU", "-o", "MUL_MAT", "-p", pattern]
-            variables = {**os.environ, "GGML_ENTROPY_KERNEL": "" if level == "stock" else level}
-            output = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
-            for name, *shape, us in _LINE.findall(output):
-                key = (level, name, *map(int, shape))
-                best[key] = min(best.get(key, np.inf), float(us))
+        for op, shapes in _PRODUCTS:
+            for level, kinds in types:
+                # stock cases tell experts before the shape, ours behind it
+                experts = "n_mats=32,n_used=4,b=0," if op == "MUL_MAT_ID" and level == "stock" else ""
+                command = [runtime.tool("test-backend-ops"), "perf", "-b", "CPU", "-o", op, "-p", kinds + experts + shapes]
+                variables = {**os.environ, "GGML_ENTROPY_KERNEL": "" if level == "stock" else level}
+                output = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+                for found, name, *shape, us in _LINE.findall(output):
+                    key = (found, level, name, *map(int, shape))
+                    best[key] = min(best.get(key, np.inf), float(us))
     rows = []
-    for (level, name, m, n, k), us in sorted(best.items(), key=lambda item: (item[0][3], item[0][1], item[0][0])):
-        row = {"type": name, "level": level, "m": m, "n": n, "k": k, "us": us}
+    for (op, level, name, m, n, k), us in sorted(best.items(), key=lambda item: (item[0][0], item[0][4], item[0][2], item[0][1])):
+        row = {"op": op, "type": name, "level": level, "m": m, "n": n, "k": k, "us": us}
         if level != "stock":
-            row["times_stock"] = us / best["stock", {"eq8": "q8_0", "eq4": "q4_0"}[name], m, n, k]
+            row["times_stock"] = us / best[op, "stock", {"eq8": "q8_0", "eq4": "q4_0"}[name], m, n, k]
         rows.append(row)
         print(
-            f"{name:5} {level:8} {m} x {k}, {n:3} columns: {us:10.0f} us"
+            f"{op:10} {name:5} {level:8} {m} x {k}, {n:3} columns: {us:10.0f} us"
             + (f", {row['times_stock']:.2f} x the stock type" if level != "stock" else "")
         )
     return rows

@@ -201,10 +201,13 @@ static void add_entropy_test_cases(std::vector<std::unique_ptr<test_case>> & cas
 
 static void add_entropy_perf_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     for (const ggml_type type : { GGML_TYPE_EQ8, GGML_TYPE_EQ4 }) {
-        for (const int64_t n : { 1, 8, 512 }) {
+        // as upstream's, of dense models and of one with 32 experts
+        for (const int64_t n : { 1, 2, 4, 8, 512 }) {
             cases.emplace_back(new test_entropy(GGML_OP_MUL_MAT, type, 4096, n, 14336));
         }
         cases.emplace_back(new test_entropy(GGML_OP_MUL_MAT, type, 4096, 1, 4096, 1, 0, true));
-        cases.emplace_back(new test_entropy(GGML_OP_MUL_MAT_ID, type, 768, 1, 2048, 32, 8));
+        for (const int64_t n : { 1, 4, 8, 512 }) {
+            cases.emplace_back(new test_entropy(GGML_OP_MUL_MAT_ID, type, 1792, n, 2048, 32, 4));
+        }
     }
 }
