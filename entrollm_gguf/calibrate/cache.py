@@ -18,11 +18,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.progress import Progress
 
 # What reading a file of the cache raises if it is missing, cut short or something else.
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile)
-
-Progress = Callable[[int, int, str], None]  # done, total, what
 
 
 @dataclass(frozen=True)

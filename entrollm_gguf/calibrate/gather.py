@@ -25,7 +25,6 @@ import numpy as np
 
 from entrollm_gguf.calibrate.cache import (
     Gathered,
-    Progress,
     check_room,
     hessian_file,
     hessian_is_whole,
@@ -40,6 +39,7 @@ from entrollm_gguf.calibrate.layers import Run, embedding_name, find_layers, fin
 from entrollm_gguf.calibrate.model import CONTEXT, GROUP_BYTES, Place, explained, find_places, no_denormals, open_model, torch_threads
 from entrollm_gguf.calibrate.tokens import cut_text, own_text, sequence_length
 from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.progress import Progress
 from entrollm_gguf.runtime.paths import cache_folder
 from entrollm_gguf.texts import read_text
 

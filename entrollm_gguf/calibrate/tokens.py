@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from entrollm_gguf.calibrate.cache import Progress
 from entrollm_gguf.calibrate.model import CONTEXT, explained
 from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.progress import Progress
 
 
 def sequence_length(config) -> int:

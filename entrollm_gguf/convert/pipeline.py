@@ -32,12 +32,11 @@ from entrollm_gguf.convert.window import window
 from entrollm_gguf.errors import ConversionError, ConversionWarning
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
+from entrollm_gguf.progress import Progress
 from entrollm_gguf.quant import QUANTIZERS
 
 # Conversions until a size is met: the first step comes from histograms and is right to some tenths of a percent.
 _ATTEMPTS = 6
-
-Progress = Callable[[int, int, str], None]  # weights done, weights in all, name of the tensor
 
 
 @dataclass(frozen=True)

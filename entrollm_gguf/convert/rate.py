@@ -25,11 +25,10 @@ from entrollm_gguf.convert.source import Source, as_folder
 from entrollm_gguf.convert.tensor import Decision, Fate, Treatment, chunked_record, decide, keep, leave_tensor
 from entrollm_gguf.convert.window import window
 from entrollm_gguf.errors import ConversionError
+from entrollm_gguf.progress import Progress
 from entrollm_gguf.quant import NotFiniteError, Profile, QuantizeError, profile, quantize_step
 from entrollm_gguf.quant.feedback import workspace
 from entrollm_gguf.texts import read_text
-
-Progress = Callable[[int, int, str], None]
 
 FORMAT_VERSION = 2
 

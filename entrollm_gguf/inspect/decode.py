@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from entrollm_gguf.gguf_io.metadata import copy_metadata
 from entrollm_gguf.gguf_io.output import StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
-
-Progress = Callable[[int, int, str], None]
+from entrollm_gguf.progress import Progress
 
 _FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16", "Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1"}
 

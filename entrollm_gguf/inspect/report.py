@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import Payload
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
-
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name of the tensor
+from entrollm_gguf.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from entrollm_gguf.codec import Payload
 from entrollm_gguf.errors import FormatError
 from entrollm_gguf.gguf_io.loader import why_not_loaded
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
-
-Progress = Callable[[int, int, str], None]
+from entrollm_gguf.progress import Progress
 
 _MIN_ALIGNMENT = 32  # of what ggml's backends take from a mapping
 # Files that are loaded beside a model. Whatever else stands in general.type is not looked at by llama.cpp.

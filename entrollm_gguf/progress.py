@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""How long work tells that it goes on."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]  # done, total, the name of what was done: weights, bytes or sequences, as the function says
