@@ -80,6 +80,11 @@ class GgufSource:
             raise ConversionError(f"{path}: is entropy-coded already; convert what it was made from, or decode it first (entrollm decode)")
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All parts."""
+        return self._model.paths
+
+    @property
     def integers(self) -> Integers | None:
         """None: integers in GGUF have a scale for each block of 32 or 256 weights, which cannot be kept."""
         return None

@@ -105,6 +105,11 @@ class SourceModel:
             return sum(math.prod(generate().shape) for generate in self._model.model_tensors.values())
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """That an output could take the place of by mistake: none, since no file of a folder is a GGUF."""
+        return ()
+
+    @property
     def integers(self) -> Integers | None:
         """Whether the weights are integers already: int8 and int4 of compressed-tensors and GPTQ."""
         config = self._model.hparams.get("quantization_config") or {}

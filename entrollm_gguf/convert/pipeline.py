@@ -147,9 +147,9 @@ def convert_model(
     check_output(out, force)
     model = Path(model)
     check_source(model)
-    if model.is_file() and out.resolve() == model.resolve():
-        raise ConversionError(f"{out}: input and output are the same file")
     source = open_source(model)
+    if any(out.resolve() == path.resolve() for path in source.files):
+        raise ConversionError(f"{out}: input and output are the same file")
     chosen, rate = _choose(recipe, bits, size, calibration, source)
     with atomic_output(out, force) as temporary:
         source.rehearse()

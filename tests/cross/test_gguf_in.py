@@ -118,6 +118,9 @@ def test_a_split_file(as_gguf, tmp_path):
     convert_model(first, tmp_path / "ours.gguf", recipe="EQ4-rows")
     convert_model(whole, tmp_path / "wanted.gguf", recipe="EQ4-rows")
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
+    second = sorted(tmp_path.glob("part-*.gguf"))[1]
+    with pytest.raises(ConversionError, match="same file"):
+        convert_model(first, second, force=True)
     with pytest.raises(FormatError, match="name the first part"):
         convert_model(sorted(tmp_path.glob("part-*.gguf"))[1], tmp_path / "x.gguf")
 

@@ -18,7 +18,7 @@
 // The slabs of a validated tensor: all have the same shape, modes and sizes.
 using llama_entropy_slabs = std::vector<ggml_entropy_view>;
 
-// Memory that tensors use one after the other: fresh memory costs the system about as much as the work that is done on it.
+// Memory that tensors use one after the other, so that the system need not bring fresh pages for each.
 struct llama_entropy_buffer {
     std::unique_ptr<uint8_t[]> data;
     size_t size = 0;
