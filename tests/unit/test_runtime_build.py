@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import tarfile
 import time
@@ -312,11 +313,19 @@ def test_the_pin(tmp_path):
         read_pin(tmp_path)
 
 
-def test_patches_are_numbered_in_tens_and_say_why():
-    for patch in tree.series(paths.patches_folder()):
-        assert patch.name[:4].isdigit() and int(patch.name[:4]) % 10 == 0
-        message = patch.read_text().split("\n---\n")[0].lower()
-        assert "overlay" in message and "test" in message, f"{patch.name}: says not why it is no overlay, or which test proves it"
+PATCHES = tree.series(paths.patches_folder())
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=[path.name[:4] for path in PATCHES])
+def test_a_patch_says_why_and_is_named_by_its_subject(patch):
+    head, _, message = patch.read_text().split("\n---\n")[0].partition("Subject: [PATCH] ")
+    subject, blank, *body = message.split("\n")
+    assert len(subject) <= 50 and blank == "" and all(len(line) <= 72 for line in body), "subject: 50 columns, body: 72"
+    number, _, name = patch.stem.partition("-")
+    assert int(number) % 10 == 0 and name == re.sub(r"[^\w.]+", "-", subject)[: develop._NAME_LENGTH].rstrip("-")
+    assert head.endswith("Date: Thu, 1 Jan 2026 00:00:00 +0000\n"), "not exported by `entrollm runtime export`"
+    for section in ("Why not in the overlay: ", "Test: ", "Can go: "):
+        assert sum(line.startswith(section) for line in body) == 1, f"the message has no line that begins with {section!r}"
 
 
 def test_another_version_is_checked(patches, tmp_path, monkeypatch, capsys):
