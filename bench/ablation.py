@@ -15,10 +15,10 @@ from pathlib import Path
 from unittest import mock
 
 import quality
+from provenance import provenance
 
 from entrollm_gguf.convert import budget, pipeline, rate
 from entrollm_gguf.convert.rate import Calibration
-from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.perplexity import ReferenceLogits
 
 CHUNKS = 8
@@ -68,13 +68,15 @@ def main() -> None:
     """Make, measure, throw away."""
     if len(sys.argv) < 3:
         raise SystemExit("usage: ablation.py OUT_FOLDER RESULTS.json [BITS ...]")
+    wanted = sys.argv[3:] or ["4"]
+    begun = provenance(f"python bench/ablation.py OUT_FOLDER RESULTS.json {' '.join(wanted)}")
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     folder, reference_file = quality.make_reference(out)
     calibration = Calibration(text=out / "calibration.txt")
     rows = []
     with ReferenceLogits(reference_file, out / "scored.txt", chunks=CHUNKS) as reference:
-        for bits in map(float, sys.argv[3:] or ["4"]):
+        for bits in map(float, wanted):
             for name, variant in VARIANTS.items():
                 path = out / "ablation.gguf"
                 with variant():
@@ -86,7 +88,7 @@ def main() -> None:
                     flush=True,
                 )
                 path.unlink()
-    data = {"rows": rows, "chunks": CHUNKS, "command": " ".join(sys.argv), "environment": environment()}
+    data = {**begun, "rows": rows, "chunks": CHUNKS}
     Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")
 
 

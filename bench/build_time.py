@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from provenance import provenance
+
 from entrollm_gguf import runtime
-from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.runtime.fetch import fetch_sdist
 from entrollm_gguf.runtime.pin import read_pin
 
@@ -44,7 +45,7 @@ def timed(command: list[str | Path], **variables: str) -> dict[str, float]:
 
 def main(out: Path, jobs: int) -> None:
     """Build stock, then ours."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    begun = provenance(f"python bench/build_time.py OUT.json {jobs}")
     sdist = fetch_sdist(read_pin())
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,9 +59,7 @@ def main(out: Path, jobs: int) -> None:
         ours = timed(ours_command, ENTROLLM_CACHE=str(Path(scratch) / "cache"), ENTROLLM_SDIST=str(sdist))
     ratios = {key: round(ours[key] / stock[key], 2) for key in stock}
     report = {
-        "command": "python bench/build_time.py OUT.json",
-        "commit": commit,
-        "environment": environment(),
+        **begun,
         "compiler": runtime.info().compiler,
         "jobs": jobs,
         "load_average_before": load,

@@ -15,9 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from provenance import provenance
+
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.recipes import RECIPES
-from entrollm_gguf.eval.compare import environment
 
 _DECODED = re.compile(r"decoded (\d+) entropy-coded tensors, ([\d.]+) MiB -> ([\d.]+) MiB, in ([\d.]+) s with (\d+) threads")
 
@@ -76,12 +77,9 @@ def load(path: Path) -> dict:
 
 def main(model: Path, out: Path) -> None:
     """Measure all recipes."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     results: dict = {
         "what": "cost of conversion and of decoding at load",
-        "command": "python bench/cost.py HF_DIR OUT.json",
-        "commit": commit,
-        "environment": environment(),
+        **provenance("python bench/cost.py HF_DIR OUT.json"),
         "model": model.name,
         "recipes": {},
     }

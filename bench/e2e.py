@@ -17,9 +17,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from provenance import provenance
+
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, fetch_gguf
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.inspect.decode import decode_file
@@ -71,7 +72,7 @@ def measure(run: Run) -> tuple[list[dict], dict[str, float]]:
 
 def main(out: Path, source: Path | None) -> None:
     """Measure all runs in turn, ROUNDS times."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    begun = provenance("python bench/e2e.py OUT.json")
     with tempfile.TemporaryDirectory() as scratch:
         if source is None:
             source = Path(scratch) / "SmolLM2-135M-Instruct"
@@ -102,9 +103,7 @@ def main(out: Path, source: Path | None) -> None:
         )
         rows.append(row)
     report = {
-        "command": "python bench/e2e.py OUT.json",
-        "commit": commit,
-        "environment": environment(),
+        **begun,
         "model": source.name,
         "llama_bench": ARGUMENTS,
         "rounds": ROUNDS,

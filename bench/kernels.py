@@ -22,10 +22,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from provenance import provenance
 
 from entrollm_gguf import codec, runtime
 from entrollm_gguf.codec import EntropyType, Payload
-from entrollm_gguf.eval.compare import environment
 
 _LINE = re.compile(r"(MUL_MAT(?:_ID)?)\(type_a=(\w+),.*?m=(\d+),n=(\d+),k=(\d+).*?([\d.]+) us/run")
 
@@ -137,13 +137,8 @@ def products(repeats: int) -> list[dict]:
 
 def main(out: Path, repeats: int) -> None:
     """Measure both."""
-    report = {
-        "command": f"python bench/kernels.py OUT.json {repeats}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "environment": environment(),
-        "one_column": one_column(repeats),
-        "products": products(repeats),
-    }
+    begun = provenance(f"python bench/kernels.py OUT.json {repeats}")
+    report = {**begun, "one_column": one_column(repeats), "products": products(repeats)}
     out.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -26,11 +26,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from provenance import provenance
+
 from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.convert.recipes import RECIPES as RECIPES_BY_NAME
-from entrollm_gguf.eval.compare import environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 from entrollm_gguf.eval.perplexity import ReferenceLogits
 from entrollm_gguf.eval.tools import run_tool
@@ -216,6 +217,7 @@ def main() -> None:
         print(table(rows))
         return
     out, chunks = Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 16
+    begun = provenance(" ".join(["python bench/quality.py OUT_FOLDER RESULTS.json", str(chunks), *sys.argv[4:]]))
     out.mkdir(parents=True, exist_ok=True)
     files = make_files(out, sys.argv[4:])
     rows: list[dict] = []
@@ -235,7 +237,7 @@ def main() -> None:
         for row in rows:
             if row["name"] in elsewhere:
                 row["docstrings"] = dataclasses.asdict(reference.compare(elsewhere[row["name"]]))
-    data = {"rows": rows, "chunks": chunks, "seed": SEED, "command": " ".join(sys.argv), "environment": environment()}
+    data = {**begun, "rows": rows, "chunks": chunks, "seed": SEED}
     Path(sys.argv[2]).write_text(json.dumps(data, indent=1) + "\n")
     draw(rows, Path(__file__).resolve().parents[1] / "docs" / "quality")
     shutil.rmtree(out / "SmolLM2-135M", ignore_errors=True)

@@ -21,9 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import instructions
+from provenance import provenance
 
 from entrollm_gguf.runtime import tree
 from entrollm_gguf.runtime.fetch import fetch_from_wheel, fetch_sdist
@@ -179,9 +181,9 @@ def main() -> None:
         path = Path(sys.argv[1])
         path.parent.mkdir(parents=True, exist_ok=True)
         version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
-        path.write_text(
-            json.dumps({"nvcc": version, "architecture": "sm_90", "kernels": [instructions.row(one) for one in loops]}, indent=1) + "\n"
-        )
+        begun = provenance("python bench/gpu/objects.py OUT.json")
+        report = {**begun, "nvcc": version, "architecture": "sm_90", "kernels": [instructions.row(one) for one in loops]}
+        path.write_text(json.dumps(report, indent=1) + "\n")
     bad = over_budget(loops)
     if bad:
         raise SystemExit("\n".join(bad))
