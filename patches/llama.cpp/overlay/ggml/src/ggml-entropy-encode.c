@@ -110,6 +110,8 @@ enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], stru
         int lengths[GGML_ENTROPY_MAX_CLASSES];
         int far;
         tail_lengths(tail, lengths, &far);
+        const double tail_bit    = 1.0 + GGML_ENTROPY_TAIL_COST;
+        const double far_weight  = far * tail_bit + 8.0 + GGML_ENTROPY_FAR_COST;
         const double planes_cost = GGML_ENTROPY_PLANE_COST * tail->n_planes * (double) total;
         for (int raw_bits = 1; raw_bits < 8; raw_bits++) {
             for (int bin_bits = 0; bin_bits < raw_bits; bin_bits++) {
@@ -120,16 +122,16 @@ enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], stru
                 const int highest = MAX(lowest, MIN(last - direct + 1, N_CODES - direct));
                 for (int from = lowest; from <= highest; from++) {
                     const uint64_t open  = total - sum_of(sums, from, from + direct);
-                    const double   least = (double) raw_bits * (double) total + planes_cost + (double) (open * (uint64_t) lengths[0]);
+                    const double   least = (double) raw_bits * (double) total + planes_cost + tail_bit * (double) (open * (uint64_t) lengths[0]);
                     if (least >= best_cost) {
                         continue;
                     }
                     for (int n_above = 1; n_above <= tail->n_classes; n_above++) {
                         struct bin bins[GGML_ENTROPY_MAX_CLASSES];
                         uint64_t covered;
-                        const uint64_t n_bits = place_bins(sums, from, from + direct, width, n_above, tail->n_classes, lengths, bins, &covered)
-                                              + (open - covered) * (uint64_t) (far + 8);
-                        const double cost = (double) raw_bits * (double) total + planes_cost + (double) n_bits;
+                        const uint64_t n_bits = place_bins(sums, from, from + direct, width, n_above, tail->n_classes, lengths, bins, &covered);
+                        const double cost = (double) raw_bits * (double) total + planes_cost + tail_bit * (double) n_bits
+                                          + far_weight * (double) (open - covered);
                         if (cost < best_cost) {
                             best_cost = cost;
                             best = (struct ggml_entropy_code) { (uint8_t) raw_bits, (uint8_t) bin_bits, (uint8_t) number, (int8_t) (from - 128), { 0 }, { 0 } };

@@ -218,10 +218,12 @@ struct ggml_entropy_plan {
     uint64_t n_far;              // and those of the far stream
 };
 
-// What a decoder's time for one more bit plane is worth, in bits per weight: size against speed (docs/decisions.md).
-#define GGML_ENTROPY_PLANE_COST 0.005
+// What a decoder's time is worth in bits: size against speed (docs/decisions.md).
+#define GGML_ENTROPY_PLANE_COST 0.005 // of a weight, for each plane of the code's tail
+#define GGML_ENTROPY_TAIL_COST  0.15  // of a bit of a tail, beyond that bit
+#define GGML_ENTROPY_FAR_COST   4.0   // of a far weight, beyond its byte
 
-// The best code (7), by trying all: the one of the least n_bits + GGML_ENTROPY_PLANE_COST * planes of the tail * weights.
+// The best code (7), by trying all: the one of the least n_bits and these costs.
 GGML_API enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], struct ggml_entropy_plan * plan);
 
 // Size of the streams of one row group.

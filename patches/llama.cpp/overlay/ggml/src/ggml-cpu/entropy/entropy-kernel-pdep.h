@@ -40,6 +40,11 @@ constexpr unsigned WINDOW = 57;
 // in 45 does not fit in it at a mean of 38 bits, one in nine at 44. Limits of 38, 44 and 50 were equally fast at 38 bits.
 constexpr unsigned SHORT_TAIL = 44;
 
+// How far ahead of a unit its streams are asked for, in bytes: groups follow one another in memory, so that this is in the next group or two.
+// The processor's own prefetchers lose the streams at the ends of pages and groups. Zen 3, all matrices of SmolLM2 one after the other:
+// 1.02 times as fast with 512, 1.05 with 2048, 1.11 with 4096, 1.14 with 8192; with one matrix again and again it makes no difference.
+constexpr int AHEAD = 8192;
+
 // Bit planes of the class number of 64 weights, and the weights that are far.
 struct class_masks {
     uint64_t bit[3];
@@ -204,6 +209,9 @@ TARGET void decode(const ggml_entropy_code * code, ggml_entropy_stream * s, int 
                 }
                 asm("" : "+r"(pos)); // else the compiler makes it a conditional move, which every unit waits for
             }
+            // far beyond the slab, too, where there may be nothing: a prefetch reads no memory that is not there
+            _mm_prefetch((const char *) raw + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *) tail + (pos >> 3) + AHEAD, _MM_HINT_T0);
             typename VECTORS::bytes r;
             raw = VECTORS::template unpack<RAW_BITS>(raw, r);
             const uint64_t open = vectors.open(r);
@@ -235,6 +243,7 @@ TARGET void decode(const ggml_entropy_code * code, ggml_entropy_stream * s, int 
 template <typename VECTORS>
 TARGET void decode_bytes(const ggml_entropy_code * code, ggml_entropy_stream * s, int n_units, int8_t * out) {
     for (int u = 0; u < n_units; u++) {
+        _mm_prefetch((const char *) s->raw + u*UNIT + AHEAD, _MM_HINT_T0);
         VECTORS::add(s->raw + u*UNIT, code->base, out + u*UNIT);
     }
     s->raw  += n_units*UNIT;
