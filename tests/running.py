@@ -17,7 +17,8 @@ TOKENS = (1, 17, 99, 256, 31, 300, 42, 8, 411, 77, 123, 5)
 
 
 def ops_program() -> list[str]:
-    """The command that runs test-entropy-ops; ENTROLLM_OPS_COMMAND names another build of it (tests/neon/run.py)."""
+    """The command that runs test-entropy-ops; ENTROLLM_OPS_COMMAND names another build of it
+    (tests/neon/run.py)."""
     given = os.environ.get("ENTROLLM_OPS_COMMAND")
     return shlex.split(given) if given else [str(runtime.tool("test-entropy-ops"))]
 
@@ -28,8 +29,15 @@ def levels() -> list[str]:
     return subprocess.run([*ops_program(), "--levels"], capture_output=True, text=True, check=True).stdout.split()
 
 
+def refusal_of_level(name: str) -> str:
+    """The line that refuses a level of that name."""
+    *others, last = levels()
+    return f"unknown value '{name}' of GGML_ENTROPY_KERNEL: use {', '.join(others)} or {last}"
+
+
 def logits(path: Path, tokens: tuple[int, ...] = TOKENS, **arguments) -> np.ndarray:
-    """Logits of every position, f32 (n_tokens, n_vocab): the first tokens as one batch, the last four one by one."""
+    """Logits of every position, f32 (n_tokens, n_vocab): the first tokens as one batch, the last
+    four one by one."""
     from llama_cpp import Llama
 
     model = Llama(str(path), n_ctx=64, n_batch=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False, **arguments)

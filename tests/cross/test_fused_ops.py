@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""MUL_MAT, MUL_MAT_ID and GET_ROWS on entropy-coded weights, at every kernel level, against numpy and the reference decoder."""
+"""MUL_MAT, MUL_MAT_ID and GET_ROWS on entropy-coded weights, at every kernel level, against numpy
+and the reference decoder."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from fused_cases import Made, all_cases, make, scrambled, write
 from reference import decoder
-from running import levels, ops_program
+from running import levels, ops_program, refusal_of_level
 
 from entrollm_gguf.codec import EntropyType
 
@@ -87,7 +88,8 @@ def test_levels_are_as_they_should_be():
 
 
 def test_any_bits_mean_the_same_at_every_level(made, tmp_path):
-    """Codes that no encoder wrote: tails run beyond their group, far streams run out (docs/format.md 6)."""
+    """Codes that no encoder wrote: tails run beyond their group, far streams run out
+    (docs/format.md 6)."""
     cases = scrambled(made, np.random.default_rng(7))
     path = tmp_path / "scrambled.gguf"
     write(path, cases)
@@ -98,7 +100,7 @@ def test_any_bits_mean_the_same_at_every_level(made, tmp_path):
         for one in cases:
             part = slice(at, at + one.n_results)
             at = part.stop
-            if one.columns is None:  # nothing is summed: the very codes
+            if one.columns is None:  # nothing is summed, so these are the codes themselves
                 assert np.array_equal(results[part], ref[part]), (level, str(one.case))
             else:
                 assert np.abs(results[part] - ref[part]).max() <= 5e-7 * one.largest(), (level, str(one.case))
@@ -126,5 +128,11 @@ def test_the_best_level_is_the_default(case_file):
     command = [*ops_program(), case_file, case_file.with_name("default.f32")]
     best = levels()[0]
     assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.startswith(f"kernel {best},")
-    unknown = subprocess.run(command, capture_output=True, text=True, env={**environment, "GGML_ENTROPY_KERNEL": "none"})
-    assert unknown.stdout.startswith(f"kernel {best},") and "GGML_ENTROPY_KERNEL=none" in unknown.stderr
+
+
+def test_an_unknown_level_is_refused(case_file):
+    """Here by a program that has no model loader: it stops where it first asks for the level."""
+    environment = {**os.environ, "GGML_ENTROPY_KERNEL": "none", "GGML_NO_BACKTRACE": "1"}
+    command = [*ops_program(), case_file, case_file.with_name("unknown.f32")]
+    unknown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert unknown.returncode != 0 and unknown.stdout == "" and refusal_of_level("none") in unknown.stderr

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp's loader refuses, each with one line that names the tensor, and numbers of types that are none."""
+"""What llama.cpp's loader refuses, each with one line; and numbers that stand for no type."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from running import TOKENS, logits
+from running import TOKENS, logits, refusal_of_level
 
-from entrollm_gguf import codec
+from entrollm_gguf import codec, runtime
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.codec import c as codec_c
 from entrollm_gguf.gguf_io.reader import open_model
@@ -42,12 +46,15 @@ def log_lines():
         llama_cpp.llama_log_set(default, ctypes.c_void_p(0))
 
 
-def refusal(path: Path, monkeypatch, mode: str = "load", mmap: bool = True) -> str | None:
-    """Load a model: the reason for which it is refused, or None."""
+def refusal(path: Path, monkeypatch, mode: str = "load", mmap: bool = True, progress=None) -> str | None:
+    """Load a model: the reason for which it is refused, or None. progress: called with what is done
+    before each tensor is loaded."""
     import llama_cpp
 
     monkeypatch.setenv("GGML_ENTROPY_MODE", mode)
     params = llama_cpp.llama_model_default_params()
+    if progress:
+        params.progress_callback = llama_cpp.llama_progress_callback(lambda done, _: progress(done) is not False)
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0
     with log_lines() as lines:
@@ -66,7 +73,8 @@ def coded(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def rewrite(source: Path, out: Path, recoded: tuple[str, ...] = (), alignment: int | None = None) -> Path:
-    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment: with one, the data begins 8 bytes behind a multiple of 32."""
+    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment. In the latter
+    case the data begins 8 bytes behind a multiple of 32."""
     reader = gguf.GGUFReader(source)
     for n_padding in range(0, 256 if alignment else 1, 8):
         writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
@@ -92,7 +100,7 @@ def rewrite(source: Path, out: Path, recoded: tuple[str, ...] = (), alignment: i
     raise AssertionError("no padding gives that place")
 
 
-# ---- numbers of types ----------------------------------------------------------------------------------------------------------------
+# ---- numbers of types ----------------------------------------------------------------------------
 
 
 def test_functions_of_ggml_take_every_number_below_the_count():
@@ -122,7 +130,8 @@ def test_functions_of_ggml_take_every_number_below_the_count():
 
 
 def test_cache_types_that_are_none(converted):
-    """For every number: a context or none, and a line; upstream's own types that floats can be stored in give one."""
+    """Every number gives a context, or none and a line. Upstream's own types in which floats can be
+    stored give one."""
     import llama_cpp
 
     model = llama_cpp.llama_model_load_from_file(str(converted("llama", "EQ8-rows")).encode(), llama_cpp.llama_model_default_params())
@@ -160,11 +169,12 @@ def test_quantizing_to_a_number_that_is_no_type(converted, tmp_path):
         assert any("token_embd.weight" in line for line in lines if "failed to quantize" in line)
 
 
-# ---- weights beyond f16 --------------------------------------------------------------------------------------------------------------
+# ---- weights beyond f16 --------------------------------------------------------------------------
 
 
 def shift_one(source: Path, out: Path, offset: float) -> str:
-    """A copy in which all weights of the first matrix with an offset are moved; returns its name."""
+    """A copy in which all weights of the first matrix with an offset are moved; returns its
+    name."""
     data = bytearray(source.read_bytes())
     for entry in open_model(source).tensors():
         at = int(entry.reader_tensor.data_offset)
@@ -188,7 +198,7 @@ def test_weights_beyond_f16_are_not_decoded_to_it(converted, tmp_path, monkeypat
         assert np.isfinite(logits(path, kv_overrides={"entropy.mode": "fused"})).all()
 
 
-# ---- tensors that cannot be coded ----------------------------------------------------------------------------------------------------
+# ---- tensors that cannot be coded ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["load", "fused"])
@@ -241,7 +251,7 @@ def test_a_table_that_is_viewed_and_added_is_refused(tmp_path, monkeypatch, mode
     assert "tensor 'token_types.weight' is entropy-coded" in refusal(viewed, monkeypatch, mode)
 
 
-# ---- alignment -----------------------------------------------------------------------------------------------------------------------
+# ---- alignment -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["load", "fused"])
@@ -254,3 +264,100 @@ def test_an_alignment_that_cannot_be_mapped(converted, tmp_path, monkeypatch, mo
     assert refusal(path, monkeypatch, mode, mmap=False) is None
     override = {"entropy.mode": mode}
     assert np.array_equal(logits(path, TOKENS, kv_overrides=override, use_mmap=False), logits(source, TOKENS, kv_overrides=override))
+
+
+# ---- switches in the environment -----------------------------------------------------------------
+
+
+def refused_switch(path: Path, **environment: str) -> str:
+    """What llama-completion says of a model that it refuses. A process of its own: some switches
+    are read once."""
+    command = [runtime.tool("llama-completion"), "-m", path, "-p", "a", "-n", "1", "-no-cnv", "--no-warmup"]
+    result = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 1, (result.returncode, result.stderr)  # an error, no signal
+    return result.stderr
+
+
+@pytest.mark.parametrize("mode", ["load", "fused"])
+def test_a_kernel_level_that_is_none(converted, mode):
+    said = refused_switch(converted("mistral", "EQ8-rows"), GGML_ENTROPY_MODE=mode, GGML_ENTROPY_KERNEL="avx3")
+    assert f"error loading model: {refusal_of_level('avx3')}\n" in said
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("GGML_ENTROPY_MODE", "fuse", "auto, load or fused"),
+        ("GGML_ENTROPY_MODE", "LOAD", "auto, load or fused"),
+        ("GGML_ENTROPY_MEMORY_MIB", "4G", "a number of MiB"),
+        ("GGML_ENTROPY_MEMORY_MIB", "-1", "a number of MiB"),
+        ("GGML_ENTROPY_MEMORY_MIB", "nan", "a number of MiB"),
+    ],
+)
+def test_a_value_that_the_switch_does_not_know(converted, name, value, allowed):
+    said = refused_switch(converted("mistral", "EQ8-rows"), **{name: value})
+    assert f"error loading model: unknown value '{value}' of {name}: use {allowed}\n" in said
+
+
+def test_an_empty_switch_is_the_default(converted, monkeypatch):
+    monkeypatch.setenv("GGML_ENTROPY_MEMORY_MIB", "")
+    assert refusal(converted("mistral", "EQ8-rows"), monkeypatch, mode="") is None
+
+
+# ---- files that change ---------------------------------------------------------------------------
+
+
+def first_coded(path: Path) -> tuple[str, int]:
+    """Name and place of the first payload in the file."""
+    coded = [entry for entry in open_model(path).tensors() if entry.kind is not None]
+    entry = min(coded, key=lambda entry: entry.reader_tensor.data_offset)
+    return entry.name, int(entry.reader_tensor.data_offset)
+
+
+def damage_head(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"gone")  # where the magic number was
+
+
+@pytest.mark.parametrize("mode", ["load", "fused"])
+def test_a_file_that_changes_while_it_is_loaded(converted, tmp_path, monkeypatch, mode):
+    path = tmp_path / "changing.gguf"
+    path.write_bytes(converted("mistral", "EQ8-rows").read_bytes())
+    name, at = first_coded(path)
+    reason = refusal(path, monkeypatch, mode, progress=lambda done: damage_head(path, at))
+    assert reason == f"tensor '{name}' of type eq8: the file was changed while it was loaded: load it again"
+
+
+USE_AFTER_CHANGE = """
+import sys
+from llama_cpp import Llama
+path, at = sys.argv[1], int(sys.argv[2])
+model = Llama(path, n_ctx=32, n_batch=32, verbose=False, kv_overrides={"entropy.mode": "fused"})
+model.eval([1, 2])
+with open(path, "r+b") as file:
+    file.seek(at)
+    file.write(b"gone")
+print("changed", flush=True)
+model.eval([3, 4])
+"""
+
+
+def test_a_file_that_changes_under_a_running_model(converted, tmp_path):
+    path = tmp_path / "changing.gguf"
+    path.write_bytes(converted("mistral", "EQ8-rows").read_bytes())
+    name, at = first_coded(path)
+    result = subprocess.run(
+        [sys.executable, "-c", USE_AFTER_CHANGE, path, str(at)],
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    assert result.stdout == "changed\n" and result.returncode == -signal.SIGABRT
+    assert (
+        f"tensor '{name}' of type eq8: no entropy-coded data (wrong magic): "
+        "the file was changed after the model was loaded: load it again\n"
+    ) in result.stderr

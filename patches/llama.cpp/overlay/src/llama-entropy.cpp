@@ -20,6 +20,7 @@
 #include "ggml-backend.h"
 #include "../ggml/src/ggml-backend-entropy.h"
 #include "../ggml/src/ggml-entropy-lanes.h"
+#include "../ggml/src/ggml-entropy-switch.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -33,8 +34,6 @@
 #include <unistd.h>
 #endif
 
-static constexpr const char * ENV_MODE   = "GGML_ENTROPY_MODE";
-static constexpr const char * ENV_MEMORY = "GGML_ENTROPY_MEMORY_MIB";
 static constexpr const char * KEY_MODE = "entropy.mode";
 
 // The device that computes on tensors in such buffers: the CPU on its own ones and on the host buffers of others.
@@ -121,17 +120,22 @@ bool llama_entropy_to_float(const ggml_tensor * tensor, const void * data, float
         }
         ggml_entropy_view view;
         if (ggml_entropy_open(slab, tensor->nb[2], &view) != GGML_ENTROPY_OK
-                || view.header.n_cols != tensor->ne[0] || view.header.n_rows != tensor->ne[1]
-                || ggml_entropy_decode_groups_plain(&view, 0, view.n_groups, GGML_TYPE_F32, out) != GGML_ENTROPY_OK) {
-            GGML_ABORT("tensor '%s' cannot be decoded; its file changed after the model was loaded, or memory is short", ggml_get_name(tensor));
+                || view.header.n_cols != tensor->ne[0] || view.header.n_rows != tensor->ne[1]) {
+            GGML_ABORT("tensor '%s' of type %s: the file was changed after the model was loaded: load it again",
+                ggml_get_name(tensor), ggml_type_name(tensor->type));
+        }
+        const ggml_entropy_status status = ggml_entropy_decode_groups_plain(&view, 0, view.n_groups, GGML_TYPE_F32, out);
+        if (status != GGML_ENTROPY_OK) {
+            GGML_ABORT("tensor '%s' of type %s: %s", ggml_get_name(tensor), ggml_type_name(tensor->type), ggml_entropy_status_str(status));
         }
     }
     return true;
 }
 
 [[noreturn]] static void throw_damaged(const ggml_tensor * tensor, ggml_entropy_status status) {
-    // the reason of an old file names the remedy itself
-    const char * remedy = status == GGML_ENTROPY_OLD_VERSION ? "" : ": run `entrollm verify FILE`; convert or download the file again";
+    // the reason of an old file names the remedy itself, and where memory is short the file is not to blame
+    const bool is_said = status == GGML_ENTROPY_OLD_VERSION || status == GGML_ENTROPY_NO_MEMORY;
+    const char * remedy = is_said ? "" : ": run `entrollm verify FILE`; convert or download the file again";
     throw std::runtime_error(format("tensor '%s' of type %s: %s%s",
         ggml_get_name(tensor), ggml_type_name(tensor->type), ggml_entropy_status_str(status), remedy));
 }
@@ -143,32 +147,40 @@ bool llama_entropy_to_float(const ggml_tensor * tensor, const void * data, float
 
 // ---- the switch and the rule -------------------------------------------------------------------------------------------------------
 
-void llama_entropy::read_mode(const llama_model_loader & ml) {
-    std::string value = "auto";
-    mode_origin = "default";
-    const char * env = std::getenv(ENV_MODE);
-    if (env != nullptr && env[0] != '\0') {
-        value       = env;
-        mode_origin = ENV_MODE;
+// What backends refuse of their own switches.
+static void check_switches_of_backends() {
+    for (size_t i = 0; i < ggml_backend_reg_count(); i++) {
+        const auto refusal = (ggml_backend_entropy_refusal_t) ggml_backend_reg_get_proc_address(
+            ggml_backend_reg_get(i), "ggml_backend_entropy_refusal");
+        const char * line = refusal != nullptr ? refusal() : nullptr;
+        if (line != nullptr) {
+            throw std::runtime_error(line);
+        }
     }
+}
+
+void llama_entropy::read_mode(const llama_model_loader & ml) {
+    ggml_entropy_switch chosen("GGML_ENTROPY_MODE", "auto");
+    mode_origin = chosen.is_default ? "default" : chosen.name;
     // only the user's override counts: a file does not get to choose
     const auto it = ml.kv_overrides.find(KEY_MODE);
     if (it != ml.kv_overrides.end()) {
         if (it->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
             throw std::runtime_error(format("override %s must be a string, for example --override-kv %s=str:load", KEY_MODE, KEY_MODE));
         }
-        value       = it->second.val_str;
-        mode_origin = format("override %s", KEY_MODE);
+        chosen.value = it->second.val_str;
+        chosen.name  = format("override %s", KEY_MODE);
+        mode_origin  = chosen.name;
     }
 
-    if (value == "auto") {
+    if (chosen.value == "auto") {
         mode = MODE_AUTO;
-    } else if (value == "load") {
+    } else if (chosen.value == "load") {
         mode = MODE_LOAD;
-    } else if (value == "fused") {
+    } else if (chosen.value == "fused") {
         mode = MODE_FUSED;
     } else {
-        throw std::runtime_error(format("unknown value '%s' of %s: use auto, load or fused", value.c_str(), mode_origin.c_str()));
+        throw std::runtime_error(chosen.refusal("auto, load or fused"));
     }
 }
 
@@ -190,12 +202,12 @@ static size_t cgroup_limit(const std::string & root, std::string path, const cha
 // Bytes of memory that this machine, or the container around us, will ever give: not what is free now, which the memory-fit pass would see
 // differently.
 static size_t memory_limit() {
-    const char * env = std::getenv(ENV_MEMORY);
-    if (env != nullptr && env[0] != '\0') {
+    const ggml_entropy_switch memory("GGML_ENTROPY_MEMORY_MIB", "");
+    if (!memory.is_default) {
         char * end;
-        const double n_mib = std::strtod(env, &end);
+        const double n_mib = std::strtod(memory.value.c_str(), &end);
         if (*end != '\0' || !(n_mib > 0) || n_mib > 1e12) {
-            throw std::runtime_error(format("unknown value '%s' of %s: give a number of MiB", env, ENV_MEMORY));
+            throw std::runtime_error(memory.refusal("a number of MiB"));
         }
         return (size_t) (n_mib*1024*1024);
     }
@@ -231,6 +243,7 @@ static size_t memory_limit() {
 
 // Once, before the first tensor: the switch, a header of every entropy-coded tensor of the file, and whether all would fit if decoded.
 void llama_entropy::survey(const llama_model_loader & ml) {
+    check_switches_of_backends();
     read_mode(ml);
     size_t n_plain = 0; // bytes of the decoded model
     for (const auto & [name, weight] : ml.weights_map) {

@@ -8,8 +8,9 @@
 // without asking the device; a small kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices
 // beyond go in chunks of rows.
 //
-// Two switches, for measurements and doubts: GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel (0: never), and
-// GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID).
+// Switches, for measurements and doubts (ggml-entropy-switch.h): GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel
+// (0: never), GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID), and, for
+// tests, GGML_ENTROPY_CUDA_POISON=0|1, whether the scratch for decoded rows holds NaNs before it is used.
 //
 // Weights in a device's memory are in the device layout (ggml-entropy-lanes.h), which the model loader makes while it uploads them; in host
 // memory they are in the layout of the file. So the scheduler may not copy weights from host memory to a device for a large batch, as it
@@ -24,10 +25,11 @@
 
 #include "entropy/entropy-launch.cuh"
 #include "mmq.cuh"
+#include "../ggml-entropy-switch.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 
 static const entropy_tuning & tuning_of(int device) {
     static const std::vector<entropy_tuning> tunings = []() {
@@ -40,30 +42,51 @@ static const entropy_tuning & tuning_of(int device) {
     return tunings[device];
 }
 
-static int64_t max_columns() {
-    static const int64_t n = []() {
-        const char * env = std::getenv("GGML_ENTROPY_CUDA_COLUMNS");
-        return env != nullptr && env[0] >= '0' && env[0] <= '8' && env[1] == '\0' ? env[0] - '0' : ENTROPY_MAX_COLUMNS;
-    }();
-    return n;
+// The switches, and the reason why one is refused.
+struct entropy_switches {
+    int64_t     max_columns = 0;
+    bool        in_blocks   = false;
+    bool        is_poisoned = false;
+    std::string refusal;
+
+    entropy_switches() {
+        const ggml_entropy_switch columns("GGML_ENTROPY_CUDA_COLUMNS", "8");
+        const ggml_entropy_switch rows   ("GGML_ENTROPY_CUDA_ROWS",    "f16");
+        const ggml_entropy_switch poison ("GGML_ENTROPY_CUDA_POISON",  "0");
+        static_assert(ENTROPY_MAX_COLUMNS == 8, "the default and the largest value");
+        if (columns.value.size() != 1 || columns.value[0] < '0' || columns.value[0] > '8') {
+            refusal = columns.refusal("a number from 0 to 8");
+        } else if (rows.value != "f16" && rows.value != "blocks") {
+            refusal = rows.refusal("f16 or blocks");
+        } else if (poison.value != "0" && poison.value != "1") {
+            refusal = poison.refusal("0 or 1");
+        } else {
+            max_columns = columns.value[0] - '0';
+            in_blocks   = rows.value == "blocks";
+            is_poisoned = poison.value == "1";
+        }
+    }
+
+    static const entropy_switches & read() {
+        static const entropy_switches switches;
+        return switches;
+    }
+};
+
+static const char * switch_refusal() {
+    const std::string & refusal = entropy_switches::read().refusal;
+    return refusal.empty() ? nullptr : refusal.c_str();
 }
 
-// For tests: the scratch for decoded rows holds NaNs before it is used.
-static bool poisoned() {
-    static const bool on = std::getenv("GGML_ENTROPY_CUDA_POISON") != nullptr;
-    return on;
+static const entropy_switches & switches() {
+    if (switch_refusal() != nullptr) {
+        GGML_ABORT("%s", switch_refusal());
+    }
+    return entropy_switches::read();
 }
 
 static ggml_type blocks_of(ggml_type type) {
     return type == GGML_TYPE_EQ8 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
-}
-
-static bool batches_in_blocks() {
-    static const bool blocks = []() {
-        const char * env = std::getenv("GGML_ENTROPY_CUDA_ROWS");
-        return env != nullptr && std::strcmp(env, "blocks") == 0;
-    }();
-    return blocks;
 }
 
 // Launches on a stream. A kernel that wants more than 48 KB of shared memory has to be told so once per device.
@@ -168,7 +191,8 @@ static void mat_vec(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_ten
 }
 
 static bool is_small(const ggml_tensor * op) {
-    return op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] <= max_columns() : op->src[1]->ne[1] <= max_columns();
+    const int64_t n_columns = op->op == GGML_OP_MUL_MAT_ID ? op->src[2]->ne[1] : op->src[1]->ne[1];
+    return n_columns <= switches().max_columns;
 }
 
 // ---- batches -----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +218,7 @@ struct decoded_rows {
         const size_t n_bytes   = tensor.nb[3];
         const size_t n_padding = ggml_row_size(plain, MATRIX_ROW_PADDING);
         tensor.data = memory.alloc(n_bytes + n_padding);
-        if (poisoned()) {
+        if (switches().is_poisoned) {
             CUDA_CHECK(cudaMemsetAsync(tensor.data, 0xFF, n_bytes, ctx.stream())); // NaN as f16
         }
         const size_t n_kept = n_slabs > 1 && w->ne[0] % MATRIX_ROW_PADDING != 0 ? 0 : n_bytes;
@@ -238,7 +262,7 @@ static void mul_mat_batch(
         ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, ggml_tensor * dst, ggml_cuda_mul_mat_t stock) {
     cudaStream_t stream = ctx.stream();
     const int64_t n_planes = x->ne[2]/w->ne[2];
-    const ggml_type plain  = batches_in_blocks() ? blocks_of(w->type) : GGML_TYPE_F16;
+    const ggml_type plain  = switches().in_blocks ? blocks_of(w->type) : GGML_TYPE_F16;
     const int64_t n_rows   = rows_of_chunk(ctx, ggml_row_size(plain, w->ne[0]), w->ne[1], 1);
     const bool    whole    = n_rows == w->ne[1];
     decoded_rows rows(ctx, w, plain, n_rows, 1);
@@ -440,6 +464,9 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
 void * ggml_cuda_entropy_get_proc_address(const char * name) {
     if (std::strcmp(name, "ggml_backend_entropy_supports_op") == 0) {
         return (void *) supports_op;
+    }
+    if (std::strcmp(name, "ggml_backend_entropy_refusal") == 0) {
+        return (void *) switch_refusal;
     }
     return nullptr;
 }

@@ -86,6 +86,9 @@ void * ggml_cpu_entropy_get_proc_address(const char * name) {
     if (std::strcmp(name, "ggml_backend_entropy_kernels") == 0) {
         return (void *) ggml_entropy_kernel_names;
     }
+    if (std::strcmp(name, "ggml_backend_entropy_refusal") == 0) {
+        return (void *) ggml_entropy_kernel_refusal;
+    }
     return nullptr;
 }
 
@@ -214,7 +217,8 @@ struct worker {
             }
         }
         if (status != GGML_ENTROPY_OK) {
-            GGML_ABORT("tensor '%s': %s; its file or memory changed after the model was loaded", w->name, ggml_entropy_status_str(status));
+            GGML_ABORT("tensor '%s' of type %s: %s: the file was changed after the model was loaded: load it again",
+                w->name, ggml_type_name(w->type), ggml_entropy_status_str(status));
         }
     }
 

@@ -5,13 +5,11 @@
 #include "entropy-kernel.h"
 
 #include "ggml-impl.h"
+#include "../../ggml-entropy-switch.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
-
-static constexpr const char * ENV_KERNEL = "GGML_ENTROPY_KERNEL";
 
 static const std::vector<ggml_entropy_kernel> & kernels() {
     static const std::vector<ggml_entropy_kernel> table = [] {
@@ -53,21 +51,33 @@ const char * ggml_entropy_kernel_names() {
     return names.c_str();
 }
 
-static const ggml_entropy_kernel & choose() {
-    const auto & best = kernels().front();
-    const char * name = std::getenv(ENV_KERNEL);
-    if (name == nullptr || name[0] == '\0') {
-        return best;
-    }
-    if (const auto * forced = ggml_entropy_kernel_find(name)) {
-        return *forced;
-    }
-    GGML_LOG_WARN(
-        "%s=%s: there is no such kernel level here, using %s (there are: %s)\n", ENV_KERNEL, name, best.name, ggml_entropy_kernel_names());
-    return best;
+// A level, or the reason why there is none.
+struct kernel_choice {
+    const ggml_entropy_kernel * kernel;
+    std::string                 refusal;
+};
+
+static const kernel_choice & chosen() {
+    static const kernel_choice choice = [] {
+        const auto & table = kernels();
+        const ggml_entropy_switch level("GGML_ENTROPY_KERNEL", table.front().name);
+        std::string allowed;
+        for (size_t i = 0; i < table.size(); i++) {
+            allowed += std::string(i == 0 ? "" : i + 1 < table.size() ? ", " : " or ") + table[i].name;
+        }
+        const auto * kernel = ggml_entropy_kernel_find(level.value.c_str());
+        return kernel_choice{ kernel, kernel != nullptr ? "" : level.refusal(allowed) };
+    }();
+    return choice;
+}
+
+const char * ggml_entropy_kernel_refusal() {
+    return chosen().kernel != nullptr ? nullptr : chosen().refusal.c_str();
 }
 
 const ggml_entropy_kernel & ggml_entropy_kernel_active() {
-    static const ggml_entropy_kernel & active = choose();
-    return active;
+    if (chosen().kernel == nullptr) {
+        GGML_ABORT("%s", chosen().refusal.c_str());
+    }
+    return *chosen().kernel;
 }

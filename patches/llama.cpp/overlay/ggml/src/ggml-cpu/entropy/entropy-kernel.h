@@ -43,8 +43,11 @@ struct ggml_entropy_kernel {
         float (* sums)[GGML_ENTROPY_GROUP_ROWS]);
 };
 
-// The level in use: the best, or the forced one. An unknown name is reported once and ignored.
+// The level in use: the best, or the forced one. Where an unknown name is forced, the program is stopped with the line that refuses it.
 const ggml_entropy_kernel & ggml_entropy_kernel_active();
+
+// That line, for the model loader, which refuses the model before; nullptr if the name is known or none is forced.
+const char * ggml_entropy_kernel_refusal();
 
 // Names of the levels that can run here, best first, separated by spaces.
 const char * ggml_entropy_kernel_names();
