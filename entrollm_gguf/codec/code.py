@@ -35,6 +35,10 @@ def count_codes(kind: EntropyType, codes: np.ndarray, threads: int | None = None
         uint64, shape (256,); code q is counted at q + 128.
     Raises:
         CodecError: a code outside the range of the type, or an impossible shape.
+
+    >>> counts = count_codes(EntropyType.EQ8, np.array([[0, 0, 3, -1] * 8], np.int8))
+    >>> counts[[127, 128, 131]].tolist()
+    [8, 16, 8]
     """
     stack = as_stack(codes)
     rows = stack.reshape(-1, stack.shape[-1])
@@ -61,6 +65,9 @@ def entropy_bits(counts: np.ndarray) -> float:
         counts: non-negative numbers, any shape.
     Returns:
         bits (0.0 for an empty histogram).
+
+    >>> entropy_bits(np.array([2, 2, 4]))  # 1.5 bits for each of 8
+    12.0
     """
     n = np.asarray(counts, dtype=np.float64).ravel()
     n = n[n > 0]
@@ -81,7 +88,19 @@ class CodeUsage:
 
 @dataclass(frozen=True)
 class Code:
-    """The code of one slab (docs/format.md 5.2): most weights take `raw_bits` bits, the others go on in a tail."""
+    """The code of one slab (docs/format.md 5.2): most weights take `raw_bits` bits, the others go
+    on in a tail.
+
+    >>> counts = np.zeros(256, np.uint64)
+    >>> counts[[127, 128, 129, 131]] = 100, 800, 90, 10
+    >>> code = plan_code(counts).code
+    >>> code.raw_bits, code.direct, code.classes
+    (1, (0, 0), ((1, 1), (-1, -1), (3, 3), (2, 2), (-2, -2), (-3, -3), (-4, -4), (-5, -5)))
+    >>> code.lengths()[[128, 127, 131]].tolist()  # bits of the codes 0, -1 and 3
+    [1, 3, 5]
+    >>> code.usage(counts)
+    CodeUsage(direct=800, tail=200, far=0)
+    """
 
     raw_bits: int  # B, 1..8
     bin_bits: int  # k: a class is 2^k codes
@@ -96,7 +115,8 @@ class Code:
 
     @property
     def direct(self) -> tuple[int, int]:
-        """First and last code of the direct interval. Codes are taken modulo 256, so the last can be the smaller."""
+        """First and last code of the direct interval. Codes are taken modulo 256, so the last can
+        be the smaller."""
         return self.base, _as_i8(self.base + self.n_direct - 1)
 
     @property
@@ -121,7 +141,8 @@ class Code:
 
     @property
     def class_bits(self) -> tuple[int, ...]:
-        """Bits of the tail that names each class. A digit of w bits names 2^w - 1 of them, its last value says to go on."""
+        """Bits of the tail that names each class. A digit of w bits names 2^w - 1 of them, its last
+        value says to go on."""
         bits: list[int] = []
         read = 0
         for width in self.digits:
@@ -130,7 +151,8 @@ class Code:
         return tuple(bits)
 
     def parts(self) -> np.ndarray:
-        """Where an encoder puts each code: int64 (256,), index q + 128; -1 is direct, i >= 0 the class, `len(class_base)` far."""
+        """Where an encoder puts each code: int64 (256,), index q + 128; -1 is direct, i >= 0 the
+        class, `len(class_base)` far."""
         q = np.arange(-128, 128)
         parts = np.full(256, len(self.class_base))
         for i in reversed(range(len(self.class_base))):  # where classes overlap, the first counts
@@ -193,6 +215,12 @@ def plan_code(counts: np.ndarray) -> CodePlan:
         counts: uint64, shape (256,), not all zero; index q + 128.
     Raises:
         CodecError: all counts are zero.
+
+    >>> counts = np.zeros(256, np.uint64)
+    >>> counts[[127, 128, 129]] = 100, 800, 100
+    >>> plan = plan_code(counts)
+    >>> plan.n_bits, plan.n_tail, plan.lengths[[127, 128, 129]].tolist()
+    (1300, 200, [3, 1, 2])
     """
     counts = np.ascontiguousarray(counts, dtype=np.uint64)
     plan = c.Plan()
@@ -201,11 +229,16 @@ def plan_code(counts: np.ndarray) -> CodePlan:
 
 
 def expected_size(shape: tuple[int, ...], coded_bits: float, fill_bits: float) -> int:
-    """Bytes in a file, to a few hundred, of a tensor whose codes take coded_bits, with a scale for each row and no offsets (docs/format.md 5).
+    """Bytes in a file, to a few hundred, of a tensor whose codes take coded_bits, with a scale for
+    each row and no offsets (docs/format.md 5).
 
     Args:
         shape: (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
-        fill_bits: of a weight in the rows that fill up the last row group: the raw bits of the code.
+        fill_bits: of a weight in the rows that fill up the last row group: the raw bits of the
+            code.
+
+    >>> expected_size((64, 128), coded_bits=64 * 128 * 4.5, fill_bits=4)
+    5376
     """
     n_slabs = shape[0] if len(shape) == 3 else 1
     n_rows, n_cols = shape[-2:]

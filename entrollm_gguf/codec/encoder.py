@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Codes into payloads."""
+"""From codes to payloads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from entrollm_gguf.codec.shared import (
 
 @dataclass(frozen=True)
 class Encoded:
-    """A payload and what its making told."""
+    """A payload, and what is known from making it."""
 
     payload: np.ndarray  # uint8 (n_slabs * slab_size,), as it stands in the GGUF
     entropy_bits: float  # of the codes, summed over slabs
@@ -54,12 +54,20 @@ def encode(
         scales: f16, shape (1,) or (n_rows,), or the same per slab.
         offsets: f32 of the same shapes, or None.
         name: of the tensor in the GGUF; the hash takes it in.
-        tile_cols: columns of a tile of the device layout, a multiple of 32 up to 1024; None for the default. It is halved until no
-            lane exceeds 255 words.
+        tile_cols: columns of a tile of the device layout, a multiple of 32 up to 1024; None for the
+            default. It is halved until no lane exceeds 255 words.
         threads: None for all cores.
     Raises:
         CodecError: arguments that cannot be encoded.
         MemoryError: no memory for the payload.
+
+    >>> codes = np.zeros((64, 128), np.int8)
+    >>> codes[:, ::8] = 3
+    >>> encoded = encode(EntropyType.EQ8, codes, np.array([0.5], np.float16))
+    >>> encoded.coded_bits, round(encoded.entropy_bits)  # of 8192 weights
+    (10240, 4453)
+    >>> encoded.payload.nbytes  # with header, index and padding
+    2048
     """
     lib = c.library()
     n_threads = n_threads_of(threads)

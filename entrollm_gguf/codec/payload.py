@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Payloads that are there: validated once, and all that can be read from them."""
+"""Reading payloads: each is validated once, and then everything in it can be asked for."""
 
 from __future__ import annotations
 
@@ -89,6 +89,13 @@ def read_header(kind: EntropyType, head: bytes | np.ndarray, shape: tuple[int, .
         name: for the message.
     Raises:
         FormatError: the header is invalid or names another type or shape.
+
+    >>> from entrollm_gguf.codec import encode
+    >>> codes = np.ones((3, 16, 64), np.int8)
+    >>> payload = encode(EntropyType.EQ4, codes, np.ones(1, np.float16)).payload
+    >>> header = read_header(EntropyType.EQ4, payload[:256], codes.shape)
+    >>> header.n_slabs, header.n_bytes, header.plain_type
+    (3, 2304, 'Q4_0')
     """
     raw = bytes(head[:HEADER_SIZE])
     if len(raw) < HEADER_SIZE:
@@ -99,9 +106,18 @@ def read_header(kind: EntropyType, head: bytes | np.ndarray, shape: tuple[int, .
 
 
 class Payload:
-    """The data of an entropy-coded tensor, validated once (docs/format.md 9), and all that can be read from it.
+    """The data of an entropy-coded tensor, validated once (docs/format.md 9), and all that can be
+    read from it.
 
     It holds the memory for as long as it lives; memory that is not 8-byte aligned is copied.
+
+    >>> from entrollm_gguf.codec import encode
+    >>> codes = np.arange(-16, 16, dtype=np.int8).reshape(1, 32)
+    >>> data = encode(EntropyType.EQ8, codes, np.array([0.5], np.float16), name="w").payload
+    >>> payload = Payload(EntropyType.EQ8, data, codes.shape, "w")
+    >>> payload.verify()
+    >>> payload.codes()[0, :3].tolist(), payload.header.plain_type
+    ([-16, -15, -14], 'Q8_0')
     """
 
     def __init__(self, kind: EntropyType, data: np.ndarray, shape: tuple[int, ...], name: str = "", *, label: str | None = None) -> None:
@@ -127,7 +143,7 @@ class Payload:
             self._check(c.library().ggml_entropy_open(self._slab(i), self.header.slab_size, ctypes.byref(view)))
 
     def check_plain(self) -> None:
-        """That the stock type of `plain` holds every weight: an f16 ends at 65504.
+        """Check that the stock type of `plain` holds every weight: an f16 ends at 65504.
 
         Raises:
             FormatError: it does not.
@@ -142,10 +158,11 @@ class Payload:
             )
 
     def verify(self, threads: int | None = None) -> None:
-        """The hash, that every row group holds exactly its codes, that unused bytes are zero, and `check_plain`.
+        """Check the hash, that every row group holds exactly its codes, that unused bytes are zero,
+        and `check_plain`.
 
         Raises:
-            FormatError: with what is wrong first.
+            FormatError: names the first thing that is wrong.
         """
         lib = c.library()
         for i, view in enumerate(self._views):
@@ -163,7 +180,8 @@ class Payload:
         """Decode to the stock GGUF type that holds the tensor best (docs/format.md 6.1).
 
         Returns:
-            the type's name (Q8_0, F16, Q4_0 or Q4_1) and its rows as uint8, shape (*shape[:-1], row bytes).
+            the type's name (Q8_0, F16, Q4_0 or Q4_1) and its rows as uint8, shape (*shape[:-1], row
+                bytes).
         Raises:
             FormatError: the type does not hold the weights.
         """
@@ -188,7 +206,8 @@ class Payload:
         return [code_of(view.header.code) for view in self._views]
 
     def counts(self, threads: int | None = None) -> np.ndarray:
-        """Histogram of the codes of each slab: uint64 (n_slabs, 256), index q + 128. One slab is decoded at a time."""
+        """Histogram of the codes of each slab: uint64 (n_slabs, 256), index q + 128. One slab is
+        decoded at a time."""
         # damaged data of EQ4 can decode to any code, so the range of EQ8 is right for both
         matrices = (self._matrix(i, threads) for i in range(len(self._views)))
         return np.stack([count_codes(EntropyType.EQ8, matrix, threads) for matrix in matrices])
@@ -197,7 +216,8 @@ class Payload:
         """The device layout of all slabs, uint8 (n_slabs * device_size,).
 
         Raises:
-            FormatError: the codes do not fit into device_size bytes, which happens to damaged data alone.
+            FormatError: the codes do not fit into device_size bytes, which happens with damaged
+                data only.
         """
         lib = c.library()
         n_threads = n_threads_of(threads)
@@ -238,8 +258,10 @@ class Payload:
         return out.reshape(*self.shape[:-1], row_size)
 
     def _decode_slab(self, view: c.View, decode: Callable[..., int], out: np.ndarray, threads: int | None) -> None:
-        """Run decode(view, group0, group1, address of row 16 * group0 of out) over all row groups."""
-        # a mapped file may have changed between the header that `out` was made for and the one that says how much is decoded
+        """Run decode(view, group0, group1, address of row 16 * group0 of out) over all row
+        groups."""
+        # a mapped file may have changed between the header that `out` was made for and the one that
+        # says how much is decoded
         if (view.header.n_rows, view.header.n_cols) != (self.header.n_rows, self.header.n_cols):
             raise FormatError(f"{self.label}: the file was changed while it was read")
         ref, data, group_bytes = ctypes.byref(view), out.ctypes.data, GROUP_ROWS * out.strides[0]

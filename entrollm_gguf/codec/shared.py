@@ -26,7 +26,11 @@ MAX_LANE_WORDS = 255
 
 
 class EntropyType(enum.IntEnum):
-    """The entropy-coded tensor types, by their ggml type id (docs/format.md 4)."""
+    """The entropy-coded tensor types, by their ggml type id (docs/format.md 4).
+
+    >>> EntropyType.EQ8.code_range, EntropyType.EQ4.code_range
+    ((-128, 127), (-8, 7))
+    """
 
     EQ8 = 500
     EQ4 = 501
@@ -47,6 +51,9 @@ def largest_weights(scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     Args:
         scales: f16, shape (n_slabs, 1) or (n_slabs, n_rows).
         offsets: f32, the same or the other of these shapes.
+
+    >>> largest_weights(np.array([[0.5]], np.float16), np.array([[1.0]], np.float32)).tolist()
+    [[64.5]]
     """
     low, high = (scales.astype(np.float32) * np.float32(q) + offsets for q in EntropyType.EQ8.code_range)
     return np.maximum(np.abs(low), np.abs(high))
@@ -83,7 +90,8 @@ def _ranges(n_groups: int, threads: int) -> list[tuple[int, int]]:
 
 
 def run_groups(function: Callable[[int, int], int], n_groups: int, threads: int) -> int:
-    """Call function(group0, group1) over all groups, on threads (ctypes releases the GIL). Returns the first status that is not 0."""
+    """Call function(group0, group1) over all groups, on threads (ctypes releases the GIL). Returns
+    the first status that is not 0."""
     ranges = _ranges(n_groups, threads)
     if len(ranges) == 1:
         return function(*ranges[0])

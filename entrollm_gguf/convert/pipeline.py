@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A Hugging Face model or a GGUF into an entropy-coded GGUF, tensor by tensor.
 
-Order of work: the source hands over one tensor after the other; each is encoded on a thread pool and its payload spilled to a temporary file;
-at the end the GGUF is written from the spill. Memory holds the tensors in flight only, whose weights are bounded.
+Order of work: the source hands over one tensor after the other; each is encoded on a thread pool
+and its payload spilled to a temporary file; at the end the GGUF is written from the spill. Memory
+holds the tensors in flight only, whose weights are bounded.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.progress import Progress
 from entrollm_gguf.quant import QUANTIZERS
 
-# Conversions until a size is met: the first step comes from histograms and is right to some tenths of a percent.
+# Conversions until a size is met: the first step comes from histograms and is right to some tenths
+# of a percent.
 _ATTEMPTS = 6
 
 
@@ -125,21 +127,33 @@ def convert_model(
     """Convert a Hugging Face model folder or a GGUF to an entropy-coded GGUF.
 
     Args:
-        model: a folder with config.json, tokenizer files and safetensors (or pytorch .bin) weights; or a GGUF of stock types, the first part of a split one.
+        model: a folder with config.json, tokenizer files and safetensors (or pytorch .bin) weights;
+            or a GGUF of stock types, the first part of a split one.
         out_path: the GGUF; appears only when complete.
-        recipe: a name from `RECIPES`; not looked at where bits or size is given. None: EQ8-kept where the checkpoint's weights are integers that can be kept, else EQ8. A recipe's bits are those of the entropy-coded matrices, reached as nearly as they can be.
-        bits: bits per weight of all tensors together, reached within 1 % from below; the step is chosen for it. Less comes out where the finest step needs less.
+        recipe: a name from `RECIPES`; ignored where bits or size is given. None: EQ8-kept where the
+            checkpoint's weights are integers that can be kept, else EQ8. A recipe's bits are those
+            of the entropy-coded matrices, reached as nearly as they can be.
+        bits: bits per weight of all tensors together, reached within 1 % from below; the step is
+            chosen for it. The result is smaller where even the finest step needs less.
         size: bytes of the whole file, the same way.
         threads: None for all cores.
-        tile_cols: columns of a tile of the device layout (docs/format.md 8), which GPUs read; None for the default.
-        calibration: where to learn which weights matter; for recipes with bits, or for bits and size.
+        tile_cols: columns of a tile of the device layout (docs/format.md 8), which GPUs read; None
+            for the default.
+        calibration: where to learn which weights matter; for recipes with bits, or for bits and
+            size.
         force: replace an existing output.
         progress: called after each tensor.
     Raises:
-        ConversionError: damaged or missing input, NaN weights, bits or a size that cannot be reached, unwritable output, full disk.
+        ConversionError: damaged or missing input, NaN weights, bits or a size that cannot be
+            reached, unwritable output, full disk.
         UnsupportedModelError: an architecture that llama.cpp's converter does not know.
         OutputExistsError: the output exists and `force` is not given.
         RuntimeMissingError: the patched runtime is not installed.
+
+    >>> from entrollm_gguf import convert_model
+    >>> report = convert_model("model", "new.gguf", recipe="EQ4-rows")
+    >>> report.recipe, report.n_weights, len(report.coded()), len(report.tensors)
+    ('EQ4-rows', 317664, 16, 21)
     """
     started = time.monotonic()
     out = Path(out_path)
@@ -183,10 +197,16 @@ def plan_model(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """What `convert_model` with the same arguments would make; writes nothing. Sizes do not depend on tile_cols, which is only checked.
+    """What `convert_model` would make of the same arguments; writes nothing. Sizes do not depend on
+    tile_cols, which is only checked.
 
     Raises:
         ConversionError, UnsupportedModelError: as convert_model.
+
+    >>> from entrollm_gguf import plan_model
+    >>> plan = plan_model("model", bits=4.5)
+    >>> round(plan.bits_per_weight, 1), plan.tensors[0].name
+    (4.5, 'output.weight')
     """
     _check_arguments(recipe, bits, size, tile_cols)
     model = Path(model)
@@ -228,7 +248,7 @@ def _choose(
     chosen = find_recipe(recipe or (DEFAULT_FOR_INTEGERS if keep else DEFAULT_RECIPE))
     if calibration is not None and chosen.bits is None:
         raise ConversionError(f"{chosen.name} has a fixed grid and no use for calibration; it is for --bits, --size and recipes with bits")
-    # an importance matrix alone does not make up for fewer bits
+    # an importance matrix alone does not make up for having fewer bits
     return chosen, chosen.bits_for(calibration is not None and calibration.imatrix is None)
 
 
@@ -244,7 +264,8 @@ def _check_arguments(recipe: str | None, bits: float | None, size: int | None, t
 
 
 def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype that gguf's writer is told: entropy-coded and quantized data counts as bytes."""
+    """Shape and dtype that gguf's writer is told: entropy-coded and quantized data counts as
+    bytes."""
     gguf = import_gguf()
     dtypes = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
     dtype = dtypes.get(part.ggml_type, np.uint8)
@@ -255,7 +276,9 @@ def _declared(part: _Part) -> tuple[tuple[int, ...], Any]:
 
 
 def _encode_to_size(encode: Callable[[float], _Encoded], survey: Survey, target: Target, step: float) -> _Encoded:
-    """Encode with one step after the other until the tensors take the target's bytes, or up to 1 % less, or are as fine or as coarse as they can be. If no step gives that, the largest that is not above; if all are above, the smallest.
+    """Encode with one step after another until the tensors take the target's bytes, or up to 1 %
+    less, or are as fine or as coarse as they can be. If no step achieves that, the largest result
+    that is not above the target is taken; if all are above, the smallest.
 
     Raises:
         ConversionError: all are above, and the target is promised.
@@ -352,6 +375,7 @@ def _spill_all(
 
 
 def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:
-    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the type upstream chose."""
+    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the
+    type upstream chose."""
     at, size = spill.append_from(data.tofile, data.nbytes)
     return _Part(chunked_record(name, data, raw_dtype), raw_dtype, at, size)

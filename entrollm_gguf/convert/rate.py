@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What goes before a conversion to a size: statistics, factors to fold, and a survey of all tensors."""
+"""What precedes a conversion to a size: statistics, factors to fold, and a survey of all
+tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +41,15 @@ _SOME_SCHEME = "step-0.0000-rows-feedback"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where statistics come from; at most one of the three."""
+    """Where statistics come from: exactly one of text, own_text and imatrix.
+
+    >>> from entrollm_gguf import Calibration
+    >>> Calibration(text=Path("text.txt"), n_sequences=8).fold
+    True
+    >>> Calibration()
+    Traceback (most recent call last):
+    ValueError: a calibration is from a text, own_text or an imatrix
+    """
 
     text: Path | None = None  # a text for the model to read
     own_text: bool = False  # text that the model writes
@@ -50,7 +59,7 @@ class Calibration:
     fold: bool = True  # columns are equalised: better, but LoRA adapters made for the model no longer fit
 
     def __post_init__(self) -> None:
-        """Exactly one source.
+        """Check that there is exactly one source.
 
         Raises:
             ValueError: none or several.
@@ -107,7 +116,7 @@ def treatments(survey: Survey, basis: Basis, step: float) -> Callable[[str], Tre
     """What is done with each tensor, by GGUF name, for the model's step."""
 
     def find(name: str) -> Treatment:
-        if name not in survey.profiles:  # it stays in a stock type: no step suits it
+        if name not in survey.profiles:  # it stays in a stock type, since no step suits it
             return Treatment(RATE.kind, functools.partial(quantize_step, step=step))
         sensitive, hessian = survey.sensitivities.get(name), _hessian(name, basis)
         quantizer = functools.partial(
@@ -137,7 +146,8 @@ def _hessian(name: str, basis: Basis) -> Callable[[int], np.ndarray] | None:
 
 
 def survey_model(source: Source, basis: Basis, *, threads: int | None = None, progress: Progress | None = None) -> Survey:
-    """Look at every tensor once: what matrices cost at any step, and what all else takes.
+    """Look at every tensor once, to learn what matrices cost at any step and what everything else
+    takes.
 
     Args:
         basis: from `prepare`.
@@ -192,7 +202,7 @@ def survey_model(source: Source, basis: Basis, *, threads: int | None = None, pr
                 jobs.put(room, work, note)
 
         source.each_tensor(handle)
-    # a header of the same tensors without their data; each takes its name, shape, type and place
+    # the size of a header without data, to which each tensor adds its name, shape, type and place
     records = [TensorRecord(name, "", one.shape, 0, _SOME_SCHEME) for name, one in profiles.items()] + list(kept.values())
     with tempfile.TemporaryDirectory() as folder:
         header = Path(folder) / "header.gguf"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Recipes: a name, a tensor type and a quantizer. They are data; users know them as they know the types of llama-quantize."""
+"""Recipes: a name, a tensor type and a quantizer. They are data; to users they are what the types
+of llama-quantize are."""
 
 from __future__ import annotations
 
@@ -11,17 +12,22 @@ from entrollm_gguf.errors import ConversionError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the matrices of a model are quantized and coded. 1-D tensors stay F32 in every recipe."""
+    """How the matrices of a model are quantized and coded. 1-D tensors stay F32 in every recipe.
+
+    >>> RECIPES["EQ8"].bits_for(calibrated=False), RECIPES["EQ8"].bits_for(calibrated=True)
+    (7.25, 6.25)
+    """
 
     name: str
     kind: EntropyType
     quantizer: str  # key of entrollm_gguf.quant.QUANTIZERS, or "step" for steps by rate
     summary: str  # one line for --help
     bits: float | None = None  # per entropy-coded weight, for steps by rate
-    calibrated_bits: float | None = None  # the same where there is calibration with a text; None for `bits`
+    calibrated_bits: float | None = None  # the same with calibration by a text; None means `bits`
 
     def bits_for(self, calibrated: bool) -> float | None:
-        """Bits per entropy-coded weight that a conversion aims at, None for recipes with a fixed grid."""
+        """Bits per entropy-coded weight that a conversion aims at, None for recipes with a fixed
+        grid."""
         return self.calibrated_bits if calibrated and self.calibrated_bits is not None else self.bits
 
 

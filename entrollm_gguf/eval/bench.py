@@ -13,7 +13,11 @@ from entrollm_gguf.eval.tools import run_tool
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second: mean and standard deviation over the repetitions."""
+    """Tokens per second: mean and standard deviation over the repetitions.
+
+    >>> Speed(300.0, 4.0, 70.0, 1.0).best(Speed(290.0, 2.0, 75.0, 2.0))
+    Speed(prompt=300.0, prompt_std=4.0, generation=75.0, generation_std=2.0)
+    """
 
     prompt: float
     prompt_std: float
@@ -21,7 +25,8 @@ class Speed:
     generation_std: float
 
     def best(self, other: Speed) -> Speed:
-        """The faster prompt and the faster generation of two measurements: whatever else runs on a machine only slows them down."""
+        """The faster prompt and the faster generation of two measurements: whatever else runs on a
+        machine only slows them down."""
         p = self if self.prompt >= other.prompt else other
         g = self if self.generation >= other.generation else other
         return Speed(p.prompt, p.prompt_std, g.generation, g.generation_std)
@@ -43,6 +48,11 @@ def measure_speed(
     Raises:
         FormatError: the file is missing.
         ToolError: llama-bench failed.
+
+    >>> from entrollm_gguf import measure_speed
+    >>> speed = measure_speed("model.gguf", prompt_tokens=16, generated_tokens=4, mode="fused")
+    >>> speed.prompt > 0 and speed.generation > 0
+    True
     """
     model = Path(model)
     arguments = ["-m", model, "-p", str(prompt_tokens), "-n", str(generated_tokens), "-r", str(repetitions), "-o", "json"]

@@ -24,8 +24,16 @@ class Chat:
         temperature: 0 for the most likely token always.
     Raises:
         FormatError: the file is missing.
-        ToolError: llama.cpp cannot load it, it is no model that generates text, or its chat template is none.
+        ToolError: llama.cpp cannot load it, it is no model that generates text, or its chat
+            template is none.
         RuntimeMissingError: the runtime is not installed.
+
+    >>> from entrollm_gguf import Chat
+    >>> chat = Chat("model.gguf", context=64)
+    >>> pieces = list(chat.ask("What is the capital of France?", max_tokens=4))
+    >>> len("".join(pieces).split()) <= 4
+    True
+    >>> chat.close()
     """
 
     def __init__(
@@ -65,10 +73,12 @@ class Chat:
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, max_tokens: int | None = None) -> Iterator[str]:
-        """Send a message; yields the answer piece by piece and remembers both. A question that got no answer is forgotten.
+        """Send a message; yields the answer piece by piece and remembers both. A question that got
+        no answer is forgotten.
 
         Raises:
-            ToolError: the file's chat template fails, or the conversation is longer than the context.
+            ToolError: the file's chat template fails, or the conversation is longer than the
+                context.
         """
         self._messages.append({"role": "user", "content": text})
         answer = ""
@@ -79,7 +89,7 @@ class Chat:
                     answer += piece
                     yield piece
         except BaseException:
-            # an interrupted answer stays in the conversation as far as it got
+            # of an interrupted answer, the part that was made stays in the conversation
             if answer:
                 self._messages.append({"role": "assistant", "content": answer})
             else:
@@ -90,7 +100,7 @@ class Chat:
     def _completion(self, max_tokens: int | None) -> Iterator[dict[str, Any]]:
         try:
             stream = self._llama.create_chat_completion(self._messages, stream=True, max_tokens=max_tokens, temperature=self._temperature)
-        except Exception as error:  # a template is a program that came with the file: it raises what it likes
+        except Exception as error:  # a template is a program that came with the file and can raise anything
             remedy = f"leave out the system message, or {_OTHER_TEMPLATE}" if self._messages[0]["role"] == "system" else _OTHER_TEMPLATE
             raise ToolError(f"{self._path}: its chat template fails ({type(error).__name__}: {error}); {remedy}") from error
         try:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files side by side: size, quality, speed and memory, as a table that the terminal and the HTML report share."""
+"""GGUF files side by side: size, quality, speed and memory, as a table that the terminal and the
+HTML report share."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ MEMORY_NOTE = (
 
 @dataclass(frozen=True)
 class Row:
-    """A file of the comparison. None: not measured, or nothing that such a file has."""
+    """A file of the comparison. None stands for what was not measured or does not apply to such a
+    file."""
 
     name: str
     file: str
@@ -68,13 +70,21 @@ def compare(
         text: UTF-8 text for perplexity; None measures no quality.
         context: tokens per chunk.
         chunks: of the text; None for the whole of it.
-        speed_rounds: rounds of llama-bench, in which all files take turns; the best counts. 0 measures no speed.
+        speed_rounds: rounds of llama-bench, in which all files take turns; the best counts. 0
+            measures no speed.
     Returns:
         a row for each file, in the order of `reports`.
     Raises:
         ToolError: a tool of the runtime failed, or vocabularies differ.
         FormatError: a file is missing.
         RuntimeMissingError: the runtime is not installed.
+
+    >>> from entrollm_gguf import compare, inspect_file
+    >>> row, = compare({"ours": inspect_file("model.gguf")})
+    >>> row.weight_bytes  # in load mode, as Q8_0
+    338928
+    >>> row.fused_weight_bytes < row.weight_bytes
+    True
     """
     paths = {name: Path(report.path) for name, report in reports.items()}
     quality: dict[str, PerplexityResult] = {}
@@ -141,7 +151,8 @@ def _measure_quality(
 
 
 def _measure_speeds(paths: Mapping[str, Path], rounds: int, threads: int | None, mode: str) -> dict[str, Speed]:
-    """Files take turns, so that a noisy minute of a shared machine does not hit one of them alone."""
+    """Files take turns, so that a noisy minute of a shared machine does not hit one of them
+    alone."""
     best: dict[str, Speed] = {}
     for _ in range(rounds):
         for name, path in paths.items():
@@ -156,7 +167,8 @@ _COLUMNS = ("file", "mode", "MB", "KLD", "prompt\ntok/s", "gen\ntok/s", "memory\
 
 
 def table(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings, and lines of as many cells; the first two columns are words, the others numbers. An entropy-coded file has a line for each mode.
+    """Headings, and lines with one cell for each; the first two columns are words, the others
+    numbers. An entropy-coded file has a line for each mode.
 
     Columns that would be empty are left out.
     """

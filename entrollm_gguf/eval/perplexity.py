@@ -26,14 +26,15 @@ _STATISTICS = {
     "top": re.compile(rf"Same top p:{_NUMBER} ±{_NUMBER}"),
 }
 _MEDIAN = re.compile(rf"Median  KLD:{_NUMBER}")
-_TABLE = "KL Divergence"  # heads the line per chunk, of which there is one for any text
+_TABLE = "KL Divergence"  # heads the table with a line for each chunk, which is there for any text
 _NAN_SO_FAR = re.compile(r"\[\d+\]-?nan")  # the running perplexity
 _P99 = re.compile(rf"99\.0%   KLD:{_NUMBER}")
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Means with standard errors. The KLD fields (nats per token) and agreement (%) are None without a reference."""
+    """Means with standard errors. The KLD fields (nats per token) and agreement (%) are None
+    without a reference."""
 
     file: str
     ppl: float
@@ -48,16 +49,24 @@ class PerplexityResult:
 
 
 class ReferenceLogits:
-    """Log-probabilities of a reference model on a text, kept in a temporary file; use as a context manager.
+    """Log-probabilities of a reference model on a text, kept in a temporary file; use as a context
+    manager.
 
-    They are computed once and serve any number of comparisons. The file takes about vocabulary x 2 bytes per scored token (half of them
-    are scored): 400 MB for 16 chunks of 512 tokens at a vocabulary of 49152.
+    They are computed once and serve any number of comparisons. The file takes about vocabulary x 2
+    bytes per scored token (half of them are scored): 400 MB for 16 chunks of 512 tokens at a
+    vocabulary of 49152.
 
     Args:
         model: the reference GGUF, as a rule the unquantized model.
         text: a text file, UTF-8.
         context: tokens per chunk.
         chunks: number of chunks; None for the whole text.
+
+    >>> plain, text = Path("plain.gguf"), Path("text.txt")
+    >>> with ReferenceLogits(plain, text, context=64, chunks=8) as reference:
+    ...     result = reference.compare(Path("model.gguf"))
+    >>> result.kld_mean < 0.01
+    True
     """
 
     def __init__(
@@ -100,7 +109,8 @@ class ReferenceLogits:
         """Perplexity of another model on the same tokens, and its divergence from the reference.
 
         Raises:
-            ToolError: the tool failed, the vocabularies differ, or the model does not predict the next token.
+            ToolError: the tool failed, the vocabularies differ, or the model does not predict the
+                next token.
         """
         _check_model(model)
         started = time.monotonic()
@@ -143,9 +153,14 @@ def measure_perplexity(
         chunks: number of chunks; None for the whole text.
     Raises:
         FormatError: a model file is missing or damaged.
-        TextError: the text is none in UTF-8.
+        TextError: the file is no text in UTF-8.
         ToolError: llama-perplexity failed, or a model does not predict the next token.
         RuntimeMissingError: the runtime is not installed.
+
+    >>> from entrollm_gguf import measure_perplexity
+    >>> result = measure_perplexity("model.gguf", "text.txt", context=64, chunks=2)
+    >>> 1 < result.ppl, result.kld_mean
+    (True, None)
     """
     model, text = Path(model), Path(text)
     read_text(text)
@@ -169,7 +184,8 @@ def _arguments(model: Path, context: int, chunks: int | None, threads: int | Non
 
 
 def _check_model(path: Path) -> None:
-    """llama-perplexity computes a number for every architecture, and it means something for those alone that predict the next token."""
+    """llama-perplexity computes a number for every architecture, but it means something only for
+    those that predict the next token."""
     model = open_model(path)
     architecture = model.text("general.architecture") or ""
     if not predicts_next_token(architecture, causal=model.field(f"{architecture}.attention.causal") is not False):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The HTML report of `entrollm report` and `entrollm demo`: one file, nothing in it from elsewhere, pictures as SVG."""
+"""The HTML report of `entrollm report` and `entrollm demo`: one file, nothing in it from elsewhere,
+pictures as SVG."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def check_report_path(path: Path, force: bool) -> None:
     """Refuse early what would fail after everything was measured.
 
     Raises:
-        ConversionError, OutputExistsError: not an .html file (a model may not be replaced by mistake), or see gguf_io.output.
+        ConversionError, OutputExistsError: not an .html file (a model may not be replaced by
+            mistake), or see gguf_io.output.
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConversionError(f"{path}: a report is an .html file; name it so")
@@ -55,7 +57,8 @@ def write_report(
     notes: Iterable[str] = (),
     force: bool = False,
 ) -> None:
-    """Write a comparison as one HTML file: size-quality plot, table, and a picture of the tensors of each entropy-coded file.
+    """Write a comparison as one HTML file: size-quality plot, table, and a picture of the tensors
+    of each entropy-coded file.
 
     Args:
         rows: what was measured, see `compare`.
@@ -66,6 +69,13 @@ def write_report(
         force: replace an existing file.
     Raises:
         ConversionError, OutputExistsError: see check_report_path; a full disk.
+
+    >>> from entrollm_gguf import compare, inspect_file, write_report
+    >>> reports = {"ours": inspect_file("model.gguf")}
+    >>> rows = compare(reports)
+    >>> write_report("report.html", rows, reports, title="A tiny model", environment={"cpu": "any"})
+    >>> Path("report.html").read_text()[:15]
+    '<!DOCTYPE html>'
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -88,7 +98,8 @@ def write_report(
 
 
 def draw_quality(rows: Sequence[Row]) -> Figure | None:
-    """Size against quality: KL divergence where there is a reference, else perplexity; None if no quality was measured."""
+    """Size against quality: KL divergence where there is a reference, else perplexity; None if no
+    quality was measured."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -99,7 +110,8 @@ def draw_quality(rows: Sequence[Row]) -> Figure | None:
     points = [(row, value) for row, value in diverging or [(row, found.ppl) for row, found in results] if math.isfinite(value)]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    # names of the two families on different sides of their points, since these often lie close together
+    # names of the two families on different sides of their points, since these often lie close
+    # together
     for is_coded, label, marker, offset in ((False, "stock types", "s", (6, -12)), (True, "entropy-coded", "o", (6, 5))):
         family = [(row.file_bytes / 1e6, value, row.name) for row, value in points if row.is_coded == is_coded]
         if not family:
@@ -108,7 +120,8 @@ def draw_quality(rows: Sequence[Row]) -> Figure | None:
         for x, y, name in family:
             axes.annotate(printable(name), (x, y), xytext=offset, textcoords="offset points", fontsize=9, parse_math=False)
     axes.set_yscale("log")
-    # plain numbers: a formatter of powers would write formulas; between powers of ten only where few of those are
+    # plain numbers: a formatter of powers would write formulas; between powers of ten only where
+    # few of those are
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     axes.set_xlim(0, 1.15 * max((row.file_bytes / 1e6 for row, _ in points), default=1))  # room for the name of the largest
@@ -129,9 +142,13 @@ def _picture(row: Row, report: FileReport) -> _Picture:
 
 
 def _data_uri(figure: Figure) -> str:
-    """An SVG for <img>: there, scripts and links inside it are dead, and identifiers do not clash with those of the other pictures."""
+    """An SVG for <img>: there, scripts and links inside it are dead, and identifiers do not clash
+    with those of the other pictures."""
     from matplotlib import rc_context
 
-    with io.BytesIO() as buffer, rc_context({"svg.fonttype": "none"}):  # text stays text: the browser knows letters that our font lacks
+    with (
+        io.BytesIO() as buffer,
+        rc_context({"svg.fonttype": "none"}),
+    ):  # text stays text, since the browser knows letters that our font lacks
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

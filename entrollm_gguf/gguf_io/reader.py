@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files seen as tensors with true shapes, entropy-coded ones included; split files are read as one."""
+"""GGUF files seen as tensors with true shapes, entropy-coded ones included; split files are read as
+one."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class ModelFile:
         return value if isinstance(value, str) else None
 
     def texts(self, key: str) -> list[str]:
-        """Value of a key that holds an array of strings; empty where it is missing or holds anything else."""
+        """Value of a key that holds an array of strings; empty where it is missing or holds
+        anything else."""
         value = self.field(key)
         return value if isinstance(value, list) and all(isinstance(v, str) for v in value) else []
 
@@ -87,7 +89,8 @@ class ModelFile:
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    """Shape as ggml has it: always four dimensions, so that those of 1 at the end say nothing. A matrix keeps a single row."""
+    """Shape without the ones at the end: ggml always has four dimensions, so these say nothing. A
+    matrix of a single row stays a matrix."""
     dims = [int(n) for n in tensor.shape] or [1]
     while len(dims) > 2 and dims[-1] == 1:
         dims.pop()
@@ -98,8 +101,16 @@ def open_model(path: Path) -> ModelFile:
     """Open a GGUF file, or the first part of a split one with all the others.
 
     Raises:
-        FormatError: missing, truncated, not a GGUF, big-endian with entropy-coded tensors, or a part that is missing.
+        FormatError: missing, truncated, not a GGUF, big-endian with entropy-coded tensors, or a
+            part that is missing.
         RuntimeMissingError: the patched runtime is not installed.
+
+    >>> model = open_model(Path("model.gguf"))
+    >>> model.text("general.architecture"), model.text("entrollm.recipe")
+    ('llama', 'EQ8-rows')
+    >>> entry = next(entry for entry in model.tensors() if entry.name == "blk.0.ffn_up.weight")
+    >>> entry.type_name, entry.shape, entry.data.dtype
+    ('EQ8', (224, 96), dtype('uint8'))
     """
     path = Path(path)
     first = _open_one(path)
@@ -116,7 +127,8 @@ def open_model(path: Path) -> ModelFile:
 
 
 def _check_parts(paths: list[Path], readers: tuple[gguf.GGUFReader, ...]) -> None:
-    """Raises FormatError where a part is another one than its name says, or parts of several files came together."""
+    """Raises FormatError where a part is another one than its name says, or parts of several files
+    came together."""
     names: dict[str, Path] = {}
     for i, (path, reader) in enumerate(zip(paths, readers)):
         for key, wanted in (("split.no", i), ("split.count", len(paths))):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""An entropy-coded file back to a plain GGUF that stock llama.cpp runs: the same integer codes in the stock type that holds them."""
+"""An entropy-coded file back to a plain GGUF that stock llama.cpp runs: the same integer codes in
+the stock type that holds them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ _FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16", "Q4_0": "MOSTLY_Q4_0"
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """What a decoding made."""
+    """What decoding made."""
 
     path: str
     file_bytes: int
@@ -40,13 +41,18 @@ def decode_file(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DecodeReport:
-    """Write the plain GGUF of an entropy-coded one (docs/format.md 6.1). Tensors of stock types are copied.
+    """Write the plain GGUF of an entropy-coded one (docs/format.md 6.1). Tensors of stock types are
+    copied.
 
     Raises:
         FormatError: an invalid input, or weights that the stock type does not hold.
         ConversionError: input and output are the same file, nothing to decode, a full disk.
         OutputExistsError: the output exists and `force` is not given.
         RuntimeMissingError: the patched runtime is not installed.
+
+    >>> from entrollm_gguf import decode_file
+    >>> decode_file("model.gguf", "stock.gguf").types
+    {'Q8_0': 16}
     """
     started = time.monotonic()
     source, out = Path(in_path), Path(out_path)
@@ -100,14 +106,15 @@ def _plain_type(model: ModelFile, entry: TensorEntry) -> str:
 
 
 def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, threads: int | None, state: _Written) -> None:
-    """Tell the writer shape, type and size; the bytes are made when it writes them, so that one tensor is in memory at a time."""
+    """Tell the writer shape, type and size; the bytes are made when it writes them, so that one
+    tensor is in memory at a time."""
     gguf = import_gguf()
     types = gguf.GGMLQuantizationType
     data = entry.data
     if plain is None:
 
         def copy(file) -> None:
-            file.write(data)  # numpy's tofile does not tell why it failed
+            file.write(data)  # numpy's tofile would not say why it failed
             state.add(entry)
 
         tensor = StreamedTensor(data.shape, data.dtype, data.nbytes, copy)
@@ -122,5 +129,6 @@ def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, th
     byte_shape = gguf.quant_shape_to_byte_shape(entry.shape, types[plain])
     n_bytes = functools.reduce(lambda a, b: a * b, byte_shape, 1)
     write = functools.partial(decode, name=f"{model.path}: tensor {entry.name}")
-    # an F16 tensor is declared by its bytes as well: dtype uint8 makes the writer divide by the type's size
+    # an F16 tensor is declared by its bytes as well: dtype uint8 makes the writer divide by the
+    # type's size
     writer.add_tensor(entry.name, StreamedTensor(byte_shape, np.dtype(np.uint8), n_bytes, write), raw_dtype=types[plain])

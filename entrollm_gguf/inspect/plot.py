@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The picture of `entrollm inspect --plot`: bits per weight against entropy, layer by layer, and one tensor's codes with their code lengths."""
+"""The picture of `entrollm inspect --plot`: bits per weight against entropy, layer by layer, and
+one tensor's codes with their code lengths."""
 
 from __future__ import annotations
 
@@ -31,8 +32,13 @@ def plot_file(report: FileReport, path: str | Path, *, tensor: str | None = None
     Returns:
         name of the tensor drawn.
     Raises:
-        FormatError: nothing in the file is entropy-coded, no such tensor, or an ending that is no picture's.
+        FormatError: nothing in the file is entropy-coded, no such tensor, or an ending that is no
+            picture's.
         OutputExistsError, ConversionError: see gguf_io.output.
+
+    >>> from entrollm_gguf import inspect_file, plot_file
+    >>> plot_file(inspect_file("model.gguf"), "model.svg")
+    'blk.0.ffn_down.weight'
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -66,7 +72,7 @@ def draw_file(report: FileReport, tensor: str | None = None) -> tuple[Figure, st
     figure = Figure(figsize=(11, 9), layout="constrained")
     above, below = figure.subplots(2, 1)
     title = Path(report.path).name + (f", recipe {report.recipe}" if report.recipe else "")
-    figure.suptitle(printable(title), parse_math=False)  # a dollar sign in a name is no formula, here and below
+    figure.suptitle(printable(title), parse_math=False)  # a dollar sign in a name starts no formula, here and below
     _draw_layers(above, coded)
     _draw_codes(below, report, tensor)
     return figure, tensor
@@ -128,14 +134,14 @@ def _draw_codes(axes, report: FileReport, name: str) -> None:
     with np.errstate(divide="ignore"):
         right.plot(x[coded], -np.log2(share[coded]), ".", color="0.35", ms=3, label="ideal: -log2 of the share")
     right.set_ylabel("bits", color="tab:red")
-    right.set_ylim(0, 25)  # 7 raw bits, 6 of the tail and 8 are 21; the rest is for the legend
+    right.set_ylim(0, 25)  # 7 raw bits, 6 of the tail and 8 of the byte are 21; the rest is room for the legend
     right.legend(loc="upper center", ncols=2)
     of_stack = f", matrix 0 of {payload.header.n_slabs}" if payload.header.n_slabs > 1 else ""
     axes.set_title(f"Codes of {printable(name)}{of_stack}: {_described(code, counts)}", parse_math=False)
 
 
 def _described(code: Code, counts: np.ndarray) -> str:
-    """A code in words, with what weights of these counts take of it."""
+    """A code in words, and how weights with these counts use it."""
     text = f"{code.raw_bits} raw bit{'s' if code.raw_bits > 1 else ''}"
     if not code.digits:
         return text

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Per tensor and in total: type, shape, size, bits per weight, entropy of the codes, how their code is built."""
+"""Per tensor and in total: type, shape, size, bits per weight, entropy of the codes, how their code
+is built."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from entrollm_gguf.progress import Progress
 
 @dataclass(frozen=True)
 class TensorReport:
-    """A line of the report. Fields from `entropy` on are None for stock types, and means over the matrices of a stack."""
+    """A line of the report. The fields from `entropy` on are None for stock types; for a stack they
+    are means over its matrices."""
 
     name: str
     type: str
@@ -55,6 +57,13 @@ def inspect_file(path: str | Path, *, threads: int | None = None, progress: Prog
     Raises:
         FormatError: not a GGUF, or an invalid payload.
         RuntimeMissingError: the patched runtime is not installed.
+
+    >>> from entrollm_gguf import inspect_file
+    >>> report = inspect_file("model.gguf")
+    >>> report.recipe, report.n_weights, report.coded_n_weights
+    ('EQ8-rows', 317664, 317184)
+    >>> 7.5 < report.coded_bits_per_weight < 8
+    True
     """
     model = open_model(Path(path))
     schemes = dict(zip(model.texts("entrollm.tensor.names"), model.texts("entrollm.tensor.schemes")))

@@ -12,8 +12,9 @@ from entrollm_gguf.gguf_io.loader import why_not_loaded
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
 from entrollm_gguf.progress import Progress
 
-_MIN_ALIGNMENT = 32  # of what ggml's backends take from a mapping
-# Files that are loaded beside a model. Whatever else stands in general.type is not looked at by llama.cpp.
+_MIN_ALIGNMENT = 32  # ggml's backends take nothing less from a mapping
+# Files that are loaded beside a model. Whatever else stands in general.type is not looked at by
+# llama.cpp.
 _NO_MODELS = ("adapter", "mmproj", "imatrix")
 
 
@@ -23,16 +24,22 @@ class VerifyReport:
 
     path: str
     n_tensors: int
-    n_coded: int  # entropy-coded ones: each has a hash, and its codes are walked through; stock types carry nothing to check
+    n_coded: int  # entropy-coded tensors: each has a hash, and its codes are walked through. Stock types carry nothing to check
     problems: tuple[str, ...]
 
 
 def verify_file(path: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Check length, structure, hashes and codes; and, where these are right, that llama.cpp loads the file.
+    """Check length, structure, hashes and codes; and, where these are right, that llama.cpp loads
+    the file.
 
     Raises:
         FormatError: the file cannot be read as a GGUF at all (cut in its header, not a GGUF).
         RuntimeMissingError, ToolError: the patched runtime is not installed, or does not start.
+
+    >>> from entrollm_gguf import verify_file
+    >>> report = verify_file("model.gguf")
+    >>> report.n_tensors, report.n_coded, report.problems
+    (21, 16, ())
     """
     model = open_model(Path(path))
     problems = _check_length(model) + _check_alignment(model)
@@ -47,7 +54,8 @@ def verify_file(path: str | Path, *, threads: int | None = None, progress: Progr
             progress(done, total, entry.name)
     if not problems:
         is_model = model.text("general.type") not in _NO_MODELS and model.text("general.architecture") != "clip"
-        # parts of a model are loaded with the first one, those of anything else are files of their own
+        # the parts of a model are loaded with the first one; parts of anything else are files of
+        # their own
         for part in model.paths[:1] if is_model else model.paths:
             reason = why_not_loaded(part, is_model=is_model)
             problems += [f"llama.cpp {reason}"] if reason else []

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Codes that a checkpoint has already: weights that are integers times one scale for each row (int8 and int4 checkpoints by channel) are taken apart again.
+"""Codes that a checkpoint already has: weights that are integers times one scale for each row (int8
+and int4 checkpoints by channel) are taken apart again.
 
-Nothing is told about the checkpoint's format: what the weights show is enough. A row of w = s * q has its smallest magnitude at a small multiple of s, and
-all others at integers of it; that a row of other weights looks so has no chance. Where the codes of a row have a common factor, it goes into the scale.
+The checkpoint's format is not asked for, since the weights show enough. In a row of w = s * q the
+smallest magnitude is a small multiple of s, and all others are integer multiples of s; a row of
+other weights has no chance to look like that. A common factor of a row's codes goes into the scale.
 """
 
 from __future__ import annotations
@@ -14,22 +16,31 @@ from entrollm_gguf.quant.base import NotFiniteError, Quantized, map_chunks
 from entrollm_gguf.quant.rows import quantize_rows
 
 _FACTORS = range(1, 9)  # the smallest magnitude of a row, in scales
-# from an integer; codes times scales are rounded to f32, so that quotients are off by 2^-22 of a code at most
+# distance from an integer; codes times scales are rounded to f32, so that quotients are off by
+# 2^-22 of a code at most
 _TOLERANCE = 1e-3
 _LOWEST, _HIGHEST = {EntropyType.EQ4: -8, EntropyType.EQ8: -128}, {EntropyType.EQ4: 7, EntropyType.EQ8: 127}
 
 
 def quantize_kept(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
-    """The codes and scales that the weights are made of, in four bits if they fit; weights without any as `quantize_rows` has them.
+    """The codes and scales that the weights are made of, in four bits if they fit. Other weights
+    are quantized by `quantize_rows`.
 
-    Scales that are no f16 are rounded to one, by 2^-11 of them at most: `Quantized.scale_error` tells by how much.
+    Scales that are no f16 are rounded to one, by 2^-11 of them at most: `Quantized.scale_error`
+    tells by how much.
 
     Args:
-        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple
+            of 32.
         kind: for weights without codes.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: as `quantize_rows`.
+
+    >>> weights = np.float32(0.125) * np.array([[1, -2, 7, 0] * 8], np.float32)
+    >>> quantized = quantize_kept(weights, EntropyType.EQ8)
+    >>> quantized.kind.name, quantized.codes[0, :4].tolist(), quantized.scales.item()
+    ('EQ4', [1, -2, 7, 0], 0.125)
     """
     found = find_codes(weights, threads)
     if found is None:
@@ -54,7 +65,8 @@ def quantize_kept(weights: np.ndarray, kind: EntropyType, threads: int | None = 
 
 
 def find_codes(weights: np.ndarray, threads: int | None = None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Codes int8 (n_rows, n_cols) and scales f64 (n_rows,), or None if some row is no multiple of integers from -128 to 127. A row of zeros has scale 0.
+    """Codes int8 (n_rows, n_cols) and scales f64 (n_rows,), or None if some row is no multiple of
+    integers from -128 to 127. A row of zeros has scale 0.
 
     Args:
         weights: as for `quantize_kept`; slabs count as rows.
@@ -62,7 +74,7 @@ def find_codes(weights: np.ndarray, threads: int | None = None) -> tuple[np.ndar
         NotFiniteError: a weight is NaN or infinite.
     """
     flat = weights.reshape(-1, weights.shape[-1])
-    if _codes_of_rows(flat[:4]) is None:  # most models have none
+    if _codes_of_rows(flat[:4]) is None:  # a quick look first, since most models have none
         return None
     codes = np.empty(flat.shape, np.int8)
     scales = np.empty(len(flat), np.float64)

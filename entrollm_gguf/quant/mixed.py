@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""EntroLLM's later wording, "chosen by that layer's weight distribution", made a rule: of the symmetric and the asymmetric grid, the one that
-codes smaller."""
+"""EntroLLM's later wording, "chosen by that layer's weight distribution", as a rule: of the
+symmetric and the asymmetric grid, take the one that codes smaller."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ def coded_bits(quantized: Quantized, kind: EntropyType, threads: int | None = No
 
 
 def quantize_mixed(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
-    """Quantize a tensor with the grid that codes smaller, or the only one that holds it; symmetric on a tie, since it needs no offset.
+    """Quantize a tensor with the grid that codes smaller, or the only one that holds it; symmetric
+    on a tie, since it needs no offset.
 
     Args:
-        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple
+            of 32.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: neither grid holds the range; the message is that of the last.
+
+    >>> weights = np.linspace(-1, 3, 32, dtype=np.float32)[None]  # symmetric codes end at -42
+    >>> quantized = quantize_mixed(weights, EntropyType.EQ8)
+    >>> quantized.scheme, int(quantized.codes.min()), int(quantized.codes.max())
+    ('symmetric', -42, 127)
     """
     low, high = value_range(weights, threads)
     grids: list[Quantized] = []

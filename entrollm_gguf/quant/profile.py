@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What a matrix costs at any step, from one look at it: histograms of its weights in units of their row's root mean square (times the row's factor, where it has one)."""
+"""What a matrix costs at any step, after one look at it. The look gives histograms of its weights
+in units of their row's root mean square (times the row's factor, where it has one)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.quant.step import check_peaks, row_peaks, row_rms, top_code
 
-# A step is rarely below 0.03 rms: eight bins, and counts between bin edges are interpolated.
+# A step is rarely below 0.03 rms, which is eight bins; counts between bin edges are interpolated.
 _BINS_PER_RMS = 256
-# Rows are told apart by their largest weight in rms, since it widens their step; a class reaches to the next of these, the last one to 40, and what lies beyond is counted in the last bins.
+# Rows are divided into classes by their largest weight in rms, since it widens their step. A class
+# reaches to the next of these numbers, the last one to 40; what lies beyond is counted in the last
+# bins.
 _PEAKS = np.array([3.5, 4, 4.5, 5, 6, 7, 8.5, 10.5, 13, 17, 24, 40, np.inf])
 _RANGES = np.minimum(np.ceil(_PEAKS), 40).astype(np.int64)
 
@@ -53,7 +56,8 @@ class Profile:
         return int(np.prod(self.shape, dtype=np.int64))
 
     def code_counts(self, step: float) -> np.ndarray:
-        """Expected counts of the codes of EQ8, u64 (256,), index q + 128, if `quantize_step` runs with this step."""
+        """Expected counts of the codes of EQ8, u64 (256,), index q + 128, if `quantize_step` runs
+        with this step."""
         top = top_code(EntropyType.EQ8)
         counts = np.zeros(256)
         counts[128 - top : 128 + top + 1] = sum(one.code_counts(step, top) for one in self.classes)
@@ -73,7 +77,8 @@ class Profile:
         return codec.expected_size(self.shape, plan.n_bits, plan.code.raw_bits)
 
     def least_bytes(self, step: float) -> int:
-        """The same if codes took no more than their entropy: no code is planned for it, which is what takes time."""
+        """The same if codes took no more than their entropy. No code has to be planned for it,
+        which is what takes time."""
         bits = self.entropy_bits(step)
         return codec.expected_size(self.shape, bits, bits / self.n_weights)
 
@@ -87,6 +92,11 @@ def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profi
     Raises:
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: `quantize_step` refuses these weights, whatever the step.
+
+    >>> weights = np.random.default_rng(0).standard_normal((64, 256), np.float32)
+    >>> found = profile(weights)
+    >>> [found.n_bytes(step) for step in (0.1, 0.2, 0.4)]
+    [12032, 9984, 7936]
     """
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)

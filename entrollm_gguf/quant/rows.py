@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Beyond the paper: signed codes around zero with a scale for each row, exact as Q8_0 or Q4_0 (design: symmetric grids need no offset)."""
+"""Beyond the paper: signed codes around zero with a scale for each row, exact as Q8_0 or Q4_0
+(design: symmetric grids need no offset)."""
 
 from __future__ import annotations
 
@@ -10,13 +11,20 @@ from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, c
 
 
 def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
-    """w = scale[row] * q, |q| <= 2^(b-1) - 1, the scale from the row's largest magnitude, rounded up to an f16.
+    """w = scale[row] * q, |q| <= 2^(b-1) - 1, the scale from the row's largest magnitude, rounded
+    up to an f16.
 
     Args:
-        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple
+            of 32.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: a row is too large for an f16 scale, or too many are too small for one.
+
+    >>> weights = np.array([[0.5, -0.25, 0.125, 0] * 8, [7, 0, 0, 1] * 8], np.float32)
+    >>> quantized = quantize_rows(weights, EntropyType.EQ4)
+    >>> quantized.codes[:, :4].tolist(), quantized.scales.tolist()
+    ([[7, -3, 2, 0], [7, 0, 0, 1]], [[0.07147216796875, 1.0]])
     """
     top = (1 << (n_bits(kind) - 1)) - 1
     n_cols = weights.shape[-1]

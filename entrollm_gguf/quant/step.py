@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Beyond the paper: a step chosen by rate instead of by range. Each row is quantized with a step that is a multiple of its own root mean square,
-so that one code serves all rows; what is rare costs bits, and only then."""
+"""Beyond the paper: a step chosen by rate instead of by range. Each row is quantized with a step
+that is a multiple of its own root mean square, so that one code serves all rows. A weight that is
+rare costs more bits, but only where it occurs."""
 
 from __future__ import annotations
 
@@ -26,17 +27,25 @@ def quantize_step(
 ) -> Quantized:
     """w ~ scale[row] * q with q = round(w / (step * factor of the row * rms of the row)).
 
-    A row whose largest weight lies beyond the last code gets a wider step. The scale that is stored is the one that fits the codes best (least
-    squares), which takes in what rounding to the middle of an interval loses at low rates.
+    A row whose largest weight lies beyond the last code gets a wider step. The scale that is stored
+    is the one that fits the codes best (least squares), which makes up for what rounding to the
+    middle of an interval loses at low rates.
 
     Args:
-        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple of 32.
+        weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols), n_cols a multiple
+            of 32.
         step: in units of the row's root mean square, above 0.
         row_factors: f32 (n_slabs, n_rows); None for 1.
-        hessian: of a slab, f32 (n_cols, n_cols); rounds with error feedback (`quant.feedback`). None rounds to nearest.
+        hessian: of a slab, f32 (n_cols, n_cols); rounds with error feedback (`quant.feedback`).
+            None rounds to nearest.
     Raises:
         NotFiniteError: a weight is NaN or infinite.
         QuantizeError: see `check_peaks`.
+
+    >>> weights = np.random.default_rng(0).standard_normal((8, 64), np.float32)
+    >>> fine, coarse = (quantize_step(weights, EntropyType.EQ8, step=step) for step in (0.1, 0.5))
+    >>> fine.codes[0, :4].tolist(), coarse.codes[0, :4].tolist(), coarse.scheme
+    ([12, -15, -4, -8], [2, -3, -1, -2], 'step-0.5000')
     """
     top = top_code(kind)
     n_cols = weights.shape[-1]
@@ -72,10 +81,11 @@ def quantize_step(
             s, h = slice(slab * n_rows, (slab + 1) * n_rows), hessian(slab)
             if np.diagonal(h).max() > 0:
                 with_feedback(s, h)
-            else:  # an expert that no token came to
+            else:  # an expert that no token reached
                 nearest(s)
     n_coarse = check_peaks(peaks, top)
-    # below, f16 has few digits: there the step itself is a number that it holds, and is the scale
+    # below the normal numbers f16 has few digits: there the step itself is a number that f16 holds,
+    # and serves as the scale
     scales = np.where(widths < _SMALLEST_NORMAL, widths, fitted)
     with np.errstate(over="ignore"):
         scales = scales.astype(np.float16)
@@ -91,7 +101,8 @@ def top_code(kind: EntropyType) -> int:
 
 
 def row_steps(x: np.ndarray, peaks: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:
-    """Step of each row of x f32 (n_rows, n_cols), f32: step * factor * rms, or wider so that the largest weight is code `top`, or up to the next number that f16 holds where that has few digits.
+    """Step of each row of x f32 (n_rows, n_cols), f32: step * factor * rms, or wider so that the
+    largest weight is code `top`; where f16 has few digits, the next number that it holds.
 
     Args:
         peaks: from `row_peaks`.
@@ -104,12 +115,13 @@ def _f16_steps(width: np.ndarray) -> np.ndarray:
 
 
 def check_peaks(peaks: np.ndarray, top: int) -> int:
-    """Whether f16 scales serve these rows. The answer is the same for all steps: it goes by the finest that a row can have, its largest weight over the last code.
+    """Check whether f16 scales serve these rows. The answer is the same for all steps, since it
+    depends on the finest that a row can have: its largest weight divided by the last code.
 
     Args:
         peaks: from `row_peaks`, of all rows.
     Returns:
-        rows that are too small, few enough to be left so (`count_coarse`).
+        how many rows are too small; they are few enough to be left so (`count_coarse`).
     Raises:
         QuantizeError: a scale can overflow, or too many rows are too small for one.
     """

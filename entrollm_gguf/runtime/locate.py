@@ -35,6 +35,10 @@ def info() -> RuntimeInfo:
 
     Raises:
         RuntimeMissingError: none is installed, or the stock llama-cpp-python is.
+
+    >>> from entrollm_gguf import runtime_info
+    >>> "llama-server" in runtime_info().programs
+    True
     """
     return read_manifest(_package_folder())
 
