@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What each part of the rate quantizer brings: the same size with one part changed or left out. `python bench/ablation.py OUT_FOLDER RESULTS.json [BITS ...]`.
+"""What each part of the rate quantizer brings: the same size with one part changed or left out.
+`python bench/ablation.py OUT_FOLDER RESULTS.json [BITS ...]`.
 
-Model, texts and measure are those of bench/quality.py, whose folder OUT_FOLDER may be. Parts are switched by the constants that hold them, so that the code has no switches for this.
+Model, texts and measure are those of bench/quality.py, and OUT_FOLDER may be its folder. Parts are
+changed through the constants that hold them, so that the code needs no switches for this.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def changed(target, **values) -> Iterator[None]:
 
 
 def folding_with(exponent: float):
-    """Another exponent of column equalisation."""
+    """Use another exponent of column equalisation."""
     plan = rate.plan_folding
     return changed(rate, plan_folding=lambda *args, **keywords: plan(*args, exponent=exponent, **keywords))
 
@@ -45,7 +47,7 @@ def without_feedback():
 
 
 def embedding_with(factor: float):
-    """The embedding's step times a factor, beside what its sensitivity says."""
+    """Multiply the embedding's step by a factor, on top of what its sensitivity says."""
     own = budget.Survey.factor
     return changed(budget.Survey, factor=lambda self, name: own(self, name) * (factor if name == "token_embd.weight" else 1))
 
@@ -65,7 +67,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Make, measure, throw away."""
+    """Make a file of each variant, measure it, and delete it."""
     if len(sys.argv) < 3:
         raise SystemExit("usage: ablation.py OUT_FOLDER RESULTS.json [BITS ...]")
     wanted = sys.argv[3:] or ["4"]

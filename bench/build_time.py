@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Time to build the runtime beside a stock llama-cpp-python of the same source. `python bench/build_time.py OUT.json [JOBS]`, half an hour on two cores.
+"""Time to build the runtime beside a stock llama-cpp-python of the same source. `python
+bench/build_time.py OUT.json [JOBS]`, half an hour on two cores.
 
-Both start from nothing: the archive at hand, an empty cache, Ninja, the same number of jobs. What pip would download first (scikit-build-core) is
-there before the clock starts. Processor time is that of all child processes and does not depend on what else runs on the machine; wall time
-does. The limit is twice the stock build (README).
+Both start from nothing: the archive at hand, an empty cache, Ninja, the same number of jobs. What
+pip would download first (scikit-build-core) is installed before the clock starts. Processor time is
+that of all child processes and does not depend on what else runs on the machine; wall time does.
+The limit is twice the stock build (README).
 """
 
 from __future__ import annotations

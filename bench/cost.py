@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the paper leaves out: the cost of conversion and of decoding at load. `python bench/cost.py HF_DIR OUT.json`.
+"""What the paper leaves out: the cost of conversion and of decoding at load.
+`python bench/cost.py HF_DIR OUT.json`.
 
-Each step runs in a process of its own, so that peak memory is its own. Times are wall clock; the machine should be idle.
+Each step runs in a process of its own, so that peak memory is its own. Times are wall clock; the
+machine should be idle.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def convert(model: Path, out: Path, recipe: str) -> dict:
 
 
 def load(path: Path) -> dict:
-    """Load and make one token; decode time as the loader logs it, wall time of the whole process (best of five)."""
+    """Load and make one token; decode time as the loader logs it, wall time of the whole process
+    (best of five)."""
     command = [str(runtime.tool("llama-completion")), "-m", str(path), "-p", "a", "-n", "1", "-no-cnv", "--no-warmup", "-lv", "4"]
     seconds, decode, match = [], [], None
     for _ in range(5):

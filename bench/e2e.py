@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Tokens per second of whole models by llama-bench: stock types, and ours in load and fused mode. `python bench/e2e.py OUT.json [HF_DIR]`.
+"""Tokens per second of whole models by llama-bench: stock types, and ours in load and fused mode.
+`python bench/e2e.py OUT.json [HF_DIR]`.
 
-SmolLM2-135M-Instruct by default. Runs take turns in rounds, and a ratio compares two runs of the same round, so that a noisy minute of a shared
-machine hits both; the median over rounds is told. Load mode is held against the decoded-back file (design: at least 0.97), fused mode against
-stock Q8_0. Raw records of llama-bench are kept.
+SmolLM2-135M-Instruct by default. Runs take turns in rounds, and a ratio compares two runs of the
+same round, so that a noisy minute of a shared machine hits both; the median over rounds is
+reported. Load mode is compared with the decoded-back file (design: at least 0.97), fused mode
+against stock Q8_0. Raw records of llama-bench are kept.
 """
 
 from __future__ import annotations

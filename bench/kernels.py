@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`, a quarter of an hour on two cores.
+"""Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`, a quarter of an hour on
+two cores.
 
-One column: decoding and multiplying by one column of activations, one thread, at every kernel level, for matrices of EQ8 at several entropies
-beside Q8_0 in the same run; and the portable decoder alone, codes of the same matrices from their payloads. Several columns, and experts (4
-of 32 for each token): test-backend-ops in mode perf (on half as many threads as there are processors), entropy-coded types at every kernel
-level beside the stock types they decode to. Levels and types take turns and each figure is the best of the repeats, since neighbours on a shared machine only ever
-make it slower.
+One column: decoding and multiplying by one column of activations, one thread, at every kernel
+level, for matrices of EQ8 at several entropies beside Q8_0 in the same run; and the portable
+decoder alone, codes of the same matrices from their payloads. Several columns, and experts (4 of 32
+for each token): test-backend-ops in mode perf (on half as many threads as there are processors),
+entropy-coded types at every kernel level beside the stock types they decode to. Levels and types
+take turns and each figure is the best of the repeats, since neighbours on a shared machine only
+ever make it slower.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ _SIGMAS = (1.95, 3.9, 5.5, 9.6, 28.0, 37.0)  # of Gaussian codes: from 3 to 7.2 
 
 
 def one_column(repeats: int) -> list[dict]:
-    """G weights per second of products with one column, and of decoding alone; a row for each shape and entropy, and for Q8_0."""
+    """G weights per second of products with one column, and of decoding alone; a row for each shape
+    and entropy, and for Q8_0."""
     return [row for shape in _SHAPES for row in _one_shape(shape, repeats)]
 
 
@@ -64,7 +68,7 @@ def _one_shape(shape: tuple[int, int], repeats: int) -> list[dict]:
                 encoded.payload, types.EQ8, sigma=sigma, entropy=encoded.entropy_bits / n_weights,
                 raw_bits=code.raw_bits, tail_planes=code.n_planes, decoding_gweights_per_second=n_weights / seconds / 1e9,
             )  # fmt: skip
-        add(payload.plain()[1], types.Q8_0)  # of the last one: the time does not depend on what the codes are
+        add(payload.plain()[1], types.Q8_0)  # made from the last one: the time does not depend on the codes
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -114,7 +118,7 @@ def products(repeats: int) -> list[dict]:
     for _ in range(repeats):
         for op, shapes in _PRODUCTS:
             for level, kinds in types:
-                # stock cases tell experts before the shape, ours behind it
+                # stock cases name the experts before the shape, ours after it
                 experts = "n_mats=32,n_used=4,b=0," if op == "MUL_MAT_ID" and level == "stock" else ""
                 command = [runtime.tool("test-backend-ops"), "perf", "-b", "CPU", "-o", op, "-p", kinds + experts + shapes]
                 variables = {**os.environ, "GGML_ENTROPY_KERNEL": "" if level == "stock" else level}

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Resident memory of fused mode against the compressed size, and cold starts. `python bench/memory.py OUT.json [HF_DIR]`; SmolLM2-135M-Instruct
-by default.
+"""Resident memory of fused mode against the compressed size, and cold starts.
+`python bench/memory.py OUT.json [HF_DIR]`; SmolLM2-135M-Instruct by default.
 
-Each model runs in a process of its own: loaded with mmap, 64 tokens evaluated so that every weight was touched, then /proc/self/smaps_rollup. What
-is no weight (interpreter, KV cache, compute buffers) is what the Q8_0 run has beyond its weights; weights of a run are its resident set
-less that. Two processes at once: what both hold together (Pss counts a shared page by halves) beyond what two of Q8_0 hold beyond their
-weights, over the compressed size: 1 if they share all of it.
+Each model runs in a process of its own: loaded with mmap, 64 tokens evaluated so that every weight
+was touched, then /proc/self/smaps_rollup. Everything that is not weights (interpreter, KV cache,
+compute buffers) is taken to be what the Q8_0 run has beyond its weights; the weights of a run are
+its resident set less that. Two processes at once: what both hold together (Pss counts a shared page
+by halves) beyond what two of Q8_0 hold beyond their weights, over the compressed size: 1 if they
+share all of it.
 
-Cold start: wall time of llama-completion for a prompt of one token and one token more, the file's pages dropped from the page cache before; the
-median of some runs in turns. Linux only.
+Cold start: wall time of llama-completion for a prompt of one token and one token more, the file's
+pages dropped from the page cache before; the median of some runs in turns. Linux only.
 """
 
 from __future__ import annotations

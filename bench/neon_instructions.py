@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Instructions of matrix products on aarch64, by kernel level. `python bench/neon_instructions.py OUT.json`, some minutes.
+"""Instructions of matrix products on aarch64, by kernel level. `python bench/neon_instructions.py
+OUT.json`, some minutes.
 
-The programs of tests/neon are cross-compiled and run under qemu-user, whose plugin (count-instructions.c)
-counts what they execute. Counts tell nothing of latencies and are no speed. An op's count is the difference between runs that compute it
-four times and twice, so it holds the quantizing of columns and all else that an op does. Q8_0 stands beside, with ggml's own kernels
-(its weights not repacked).
+The programs of tests/neon are cross-compiled and run under qemu-user, whose plugin
+(count-instructions.c) counts what they execute. Counts say nothing about latencies and are not a
+speed. An op's count is the difference between runs that compute it four times and twice, so it
+includes the quantizing of columns and everything else that an op does. For comparison there is Q8_0
+with ggml's own kernels (its weights not repacked).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from run import LEVELS, OPTIONS, TRIPLE, WORK, build  # noqa: E402
 
 _SHAPE = (512, 1024)
 _COLUMNS = (1, 8, 128)
-# distribution and standard deviation of codes: entropies of 4.5 and 7.25 bits, and one where more than half of the weights have a tail
+# distribution and standard deviation of codes: entropies of 4.5 and 7.25 bits, and one where more
+# than half of the weights have a tail
 _CODES = (("gaussian", 5.5), ("gaussian", 37.0), ("laplace", 9.6))
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What every file of results begins with.
 
-Only bench/gpu/run.py has a block of its own: it runs on machines that have neither this package nor its repository.
+Only bench/gpu/run.py has a block of its own: it runs on machines that have neither this package nor
+its repository.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from entrollm_gguf.eval.compare import environment
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """How figures came about: command, commit, machine. To be asked before the measurement, during which a commit may come.
+    """How figures came about: command, commit, machine. To be asked before the measurement, during
+    which a commit may come.
 
     The commit ends with -dirty where files differed from it.
     """

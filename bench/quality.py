@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Size against quality: stock types with and without an importance matrix, and ours. `python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS [KIND_TO_LEAVE_OUT ...]]`, or
-`python bench/quality.py table RESULTS.json` to print the table of docs/quantization.md and draw the picture again.
+"""Size against quality: stock types with and without an importance matrix, and ours. `python
+bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS [KIND_TO_LEAVE_OUT ...]]`, or `python
+bench/quality.py table RESULTS.json` to print the table of docs/quantization.md and draw the picture
+again.
 
-The model is SmolLM2-135M-Instruct without the Q4_1 grid it came with: every block of 32 weights is dithered within its step (fixed seed), so that no block
-type fits it by birth. Text: Python's language reference; its first half is scored, the importance matrix and our calibration come from its second half. KL divergence
-is to the unquantized (dithered) model. Bits per weight count all tensors, not the metadata. Files made with data are scored on docstrings of the standard library, too: whether
-what was learnt holds on another kind of text.
+The model is SmolLM2-135M-Instruct without the Q4_1 grid it came with: every block of 32 weights is
+dithered within its step (fixed seed), so that no block type fits it by birth. Text: Python's
+language reference; its first half is scored, the importance matrix and our calibration come from
+its second half. KL divergence is to the unquantized (dithered) model. Bits per weight count all
+tensors, not the metadata. Files made with data are also scored on docstrings of the standard
+library, which shows whether what was learnt holds for another kind of text.
 
-Rows of 576 are no multiple of 256, so llama-quantize puts other types in place of K and I types for most tensors of this model: names tell what was asked
-for, bits per weight what came out.
+Rows of 576 are no multiple of 256, so llama-quantize puts other types in place of K and I types for
+most tensors of this model: names tell what was asked for, bits per weight what came out.
 
 Draws docs/quality.png and docs/quality.svg.
 """
@@ -44,7 +48,8 @@ SEED = 2505
 
 
 def dithered_folder(out: Path) -> Path:
-    """The model as a Hugging Face folder, each weight moved at random within half a step of its Q4_1 block."""
+    """The model as a Hugging Face folder, each weight moved at random within half a step of its
+    Q4_1 block."""
     folder = out / "SmolLM2-135M-dithered"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -167,7 +172,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def bits_at(rows: list[dict], family: str, divergence: float) -> float | None:
-    """Bits per weight at which a family has this divergence, between its points, in the logarithm of the divergence; None outside them."""
+    """Bits per weight at which a family has this divergence, between its points, in the logarithm
+    of the divergence; None outside them."""
     points = sorted((math.log(row["kld_mean"]), row["bits_per_weight"]) for row in rows if row["family"] == family)
     if not points or not points[0][0] <= math.log(divergence) <= points[-1][0]:
         return None

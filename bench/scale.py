@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A model of 1.07 G weights (bench/synthetic.py): tokens per second, bytes moved, batches, cold starts. `python bench/scale.py FOLDER OUT.json`.
+"""A model of 1.07 G weights (bench/synthetic.py): tokens per second, bytes moved, batches, cold
+starts. `python bench/scale.py FOLDER OUT.json`.
 
-FOLDER keeps the files (8 GB, a quarter of an hour to make), so that a second run finds them. Beside ours, stock types of the same weights: Q8_0, Q6_K, Q4_K_M,
-IQ4_XS. Runs take turns in rounds, and a ratio compares two runs of the same round; medians are told. What the machine's memory gives, a read of an
-array that no cache holds, is measured in the same run.
+FOLDER keeps the files (8 GB, a quarter of an hour to make), so that a second run finds them. Beside
+ours, stock types of the same weights: Q8_0, Q6_K, Q4_K_M, IQ4_XS. Runs take turns in rounds, and a
+ratio compares two runs of the same round; medians are reported. The speed of the machine's memory,
+reading an array that no cache holds, is measured in the same run.
 """
 
 from __future__ import annotations
@@ -83,14 +85,16 @@ def read_bandwidth(n_threads: int) -> float:
 
 
 def bench(run: Run) -> dict[str, float]:
-    """Tokens per second of a prompt of 512 and of generation, by llama-bench; on one core of generation alone, since a prompt takes long."""
+    """Tokens per second of a prompt of 512 and of generation, by llama-bench; on one core of
+    generation alone, since a prompt takes long."""
     arguments = ["-m", run.path, "-t", run.n_threads, "-p", "512" if run.n_threads > 1 else "0", "-n", "16", "-r", "1", "-o", "json"]
     records = json.loads(run_tool("llama-bench", arguments, model=run.path, mode=run.mode).stdout)
     return {"prompt" if record["n_prompt"] else "generation": record["avg_ts"] for record in records}
 
 
 def batched(run: Run) -> dict[int, float]:
-    """Tokens per second of short prompts, by their length: what several sequences at once, or speculative decoding, ask of the products."""
+    """Tokens per second of short prompts, by their length: what several sequences at once, or
+    speculative decoding, ask of the products."""
     sizes = ",".join(map(str, BATCHES))
     arguments = ["-m", run.path, "-t", run.n_threads, "-p", sizes, "-n", "0", "-r", "5", "-o", "json"]
     records = json.loads(run_tool("llama-bench", arguments, model=run.path, mode=run.mode).stdout)
@@ -98,7 +102,8 @@ def batched(run: Run) -> dict[int, float]:
 
 
 def cold_start(path: Path, mode: str) -> tuple[float, str]:
-    """Seconds until the first token with the file's pages dropped from the page cache, and what the loader said of coded tensors."""
+    """Seconds until the first token with the file's pages dropped from the page cache, and what the
+    loader said of coded tensors."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

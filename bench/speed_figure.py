@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """docs/speed.png and .svg from results: `python bench/speed_figure.py KERNELS.json SCALE.json`.
 
-Tokens per second of a model of 1.07 G weights against cores, for some memory bandwidths. Points are measured (bench/scale.py). Lines are a model: a token takes as
-long as the slower of computing, n cores at the rate of one (bench/kernels.py, 4096 x 14336), and reading all weights once at that bandwidth. Attention,
-threads that wait for each other and cores that share their units are not in it, so real machines lie below.
+Tokens per second of a model of 1.07 G weights against cores, for some memory bandwidths. Points are
+measured (bench/scale.py). Lines are a model: a token takes as long as the slower of computing, n
+cores at the rate of one (bench/kernels.py, 4096 x 14336), and reading all weights once at that
+bandwidth. Attention, threads that wait for each other and cores that share their units are not in
+it, so real machines lie below.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _COLOURS = {"Q8_0": "#777777", "EQ8-4.5 fused": "#c44e52"}
 
 
 def rates(kernels: dict) -> dict[str, float]:
-    """G weights per second of one core, one column, 4096 x 14336: Q8_0's, and EQ8's at the entropy of EQ8-4.5."""
+    """G weights per second of one core, one column, 4096 x 14336: Q8_0's, and EQ8's at the entropy
+    of EQ8-4.5."""
     rows = [row for row in kernels["one_column"] if row["shape"] == [4096, 14336]]
     q8_0 = next(row for row in rows if row["type"] == "Q8_0")
     ours = min((row for row in rows if row["type"] == "EQ8"), key=lambda row: abs(row["bits_per_weight"] - 4.5))

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Generation where memory is short: `python bench/starved.py FOLDER OUT.json LIMIT_MIB` as root on Linux, on the files of bench/scale.py.
+"""Generation where memory is short: `python bench/starved.py FOLDER OUT.json LIMIT_MIB` as root on
+Linux, on the files of bench/scale.py.
 
-Each file runs in a memory cgroup of its own (version 1 or 2) with that limit, which counts the pages of a mapped file as well, with the page cache dropped before. A
-model that does not fit is read from storage again for every token. How fast the storage is, a plain read of a file that is not cached, is
-measured in the same run. Files that are larger than the limit are told; both kinds of run are the same.
+Each file runs in a memory cgroup of its own (version 1 or 2) with that limit, which counts the
+pages of a mapped file as well, with the page cache dropped before. A model that does not fit is
+read from storage again for every token. The speed of the storage, a plain read of a file that is
+not cached, is measured in the same run. The results say which files are larger than the limit; they
+are run in the same way.
 """
 
 from __future__ import annotations

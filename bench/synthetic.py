@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A llama of random weights, about 1.07 G of them, as a Hugging Face folder: for measurements where no model of that size can be had.
+"""A llama of random weights, about 1.07 G of them, as a Hugging Face folder: for measurements where
+no model of that size can be had.
 
-Shapes are TinyLlama's (22 layers, 2048 wide), vocabulary and tokenizer SmolLM2's. Rows are Gaussian, each with a deviation of its own (log-normal), and
-one row in 200 has weights of six times that with heavy tails: about what quantizers meet in real matrices. What such a model says means nothing.
+Shapes are TinyLlama's (22 layers, 2048 wide), vocabulary and tokenizer SmolLM2's. Rows are
+Gaussian, each with a deviation of its own (log-normal), and one row in 200 has weights of six times
+that with heavy tails: about what quantizers meet in real matrices. The output of such a model means
+nothing.
 """
 
 from __future__ import annotations

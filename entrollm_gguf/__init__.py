@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """EntroLLM-GGUF: entropy-coded tensor types for GGUF and llama.cpp.
 
-Rooms, each of which may use those after it: eval; convert, inspect; calibrate; gguf_io, quant; codec; runtime, which builds the patched
-llama.cpp and knows where it is. pyproject.toml has these doors as a rule, and `make lint` checks it. Each command of `entrollm` is a function here as well, imported on first use.
+Rooms, each of which may use those after it: eval; convert, inspect; calibrate; gguf_io, quant;
+codec; runtime, which builds the patched llama.cpp and knows where it is. pyproject.toml holds this
+order as a rule, which `make lint` checks. Each command of `entrollm` is a function here as well,
+imported on first use.
 """
 
 from importlib import import_module

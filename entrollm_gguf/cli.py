@@ -19,7 +19,8 @@ from entrollm_gguf import __version__
 from entrollm_gguf.console import printable
 from entrollm_gguf.errors import EntroLLMError
 
-# name -> (module:attribute, one line for --help). The line stands here so that `entrollm --help` imports nothing heavy.
+# name -> (module:attribute, one line for --help). The line stands here so that `entrollm --help`
+# imports nothing heavy.
 _COMMANDS = {
     "runtime": ("entrollm_gguf.runtime.cli:runtime", "Build the patched llama.cpp, and show what is installed."),
     "convert": ("entrollm_gguf.convert.cli:convert", "Convert a Hugging Face model to an entropy-coded GGUF."),
@@ -60,7 +61,8 @@ def cli(debug: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP."""
+    """Run the command line. Returns the exit code: 0, 1 for errors, 2 for wrong usage, 130 after
+    Ctrl-C, 143 and 129 after SIGTERM and SIGHUP."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -111,7 +113,8 @@ def _run(argv: list[str], received: list[int]) -> int:
 
 @contextlib.contextmanager
 def _terminated_like_ctrl_c() -> Iterator[list[int]]:
-    """SIGTERM (containers, systemd) and SIGHUP (a closed terminal) raise KeyboardInterrupt, too, so that nothing half-written stays.
+    """SIGTERM (containers, systemd) and SIGHUP (a closed terminal) raise KeyboardInterrupt, too, so
+    that nothing half-written stays.
 
     Yields:
         numbers of the signals that came.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How text comes to the terminal: where tables go, and how words are shown that a file or a name brought along."""
+"""Text on the terminal: how wide tables are, and how names and words from files are shown."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import unicodedata
 
 from rich.console import Console
 
-# Control characters, half of a surrogate pair (bytes that are no UTF-8), and what reorders or breaks lines.
+# Control characters, halves of surrogate pairs (bytes that are no UTF-8), and characters that
+# reorder or break lines.
 _UNPRINTABLE = {"Cc", "Cs", "Cf", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # format characters that words and emoji need
 
 
 def output_console() -> Console:
-    """Standard output. A pipe has no width of its own: tables are then as wide as they want, so that names are not folded.
+    """Standard output. A pipe has no width of its own: tables are then as wide as they want, so
+    that names are not folded.
 
     Brackets and colons in names are no markup.
     """
@@ -22,7 +24,8 @@ def output_console() -> Console:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with everything that a terminal would act on as an escape sequence in letters: names in files are hostile until shown so.
+    """The text, with every character that a terminal would act on spelled out as an escape
+    sequence: names in files are hostile.
 
     Args:
         keep: control characters that may stay.

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""All errors that users meet. Each message is one line: which file or tensor, what is wrong, what to do."""
+"""All errors that users meet. Each message is one line: which file or tensor, what is wrong, what
+to do."""
 
 
 class EntroLLMError(Exception):
-    """Base of the package's errors; the command line prints the message and exits with `exit_code`."""
+    """Base of the package's errors; the command line prints the message and exits with
+    `exit_code`."""
 
     exit_code = 1
 
 
 class RuntimeMissingError(EntroLLMError):
-    """The patched llama.cpp is not built, not installed, or another one is in its place."""
+    """The patched llama.cpp is not built or not installed, or another one is in its place."""
 
 
 class BuildError(EntroLLMError):
-    """The runtime cannot be built: a missing tool, a patch that does not apply, a compiler error."""
+    """The runtime cannot be built: a missing tool, a patch that does not apply, a compiler
+    error."""
 
 
 class FetchError(EntroLLMError):

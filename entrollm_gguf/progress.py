@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How long work tells that it goes on."""
+"""How long-running work reports its progress."""
 
 from collections.abc import Callable
 

@@ -9,7 +9,8 @@ from entrollm_gguf.errors import TextError
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file in UTF-8. It is a plain file, since llama-perplexity reads it again.
+    """The content of a text file in UTF-8. It is a plain file, since llama-perplexity reads it
+    again.
 
     Raises:
         TextError: missing, unreadable, empty, in another encoding, or no text.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures that several tests share: SmolLM2 from its package, and tiny random models of many architectures."""
+"""Fixtures that several tests share: SmolLM2 from its package, and tiny random models of many
+architectures."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-# ggml's threads wait for each other by spinning. Where two workers with two threads each share two cores, that is most of the time:
-# test_every_way_to_load takes 25 s with it and 2 s without, on a busy machine. Read when an OpenMP library is loaded, ours or torch's.
+# ggml's threads wait for each other by spinning. Where two workers with two threads each share two
+# cores, they spend most of the time so: test_every_way_to_load takes 25 s with it and 2 s without,
+# on a busy machine. Read when an OpenMP library is loaded, ours or torch's.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference`, `models` and the like by name
@@ -24,7 +26,8 @@ from entrollm_gguf import runtime
 from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 
-# these take minutes each: with two workers they come first, or one worker would wait for the other at the end
+# these take minutes each: with two workers they come first, or one worker would wait for the other
+# at the end
 _LONG = ("test_smollm2.py", "test_architectures.py", "test_host_kernels.py", "test_gpu_run.py")
 
 
@@ -49,7 +52,8 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_hf() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder, kept in the cache between runs (transformers needs a minute to make it)."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder, kept in the cache between runs (transformers
+    needs a minute to make it)."""
     folder = runtime.cache_folder() / "models" / "SmolLM2-135M-Instruct-hf-1"
     original = fetch_gguf(folder.parent)
     part = folder.with_name(folder.name + ".part")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Ops with entropy-coded weights for `test-entropy-ops`, and their right results by numpy.
 
-Activations are chosen so that quantizing them to Q8_0 loses nothing (integers up to 127, each block of 32 with its 127, times a power of
-two): then the results depend on the weights alone, which come from the reference decoder.
+Activations are chosen so that quantizing them to Q8_0 loses nothing (integers up to 127, each block
+of 32 with its 127, times a power of two): then the results depend on the weights alone, which come
+from the reference decoder.
 
-`python fused_cases.py FILE` writes the cases without computing results, and once more with random bodies, for the sanitizers.
+`python fused_cases.py FILE` writes the cases without computing results, and once more with random
+bodies, for the sanitizers.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def all_cases() -> list[Case]:
                 cases.append(
                     Case(kind, 70, 576, n_columns, codes=codes, offset=offset, scale="one" if n_columns == 1 else "row", tile_cols=512)
                 )
-        # raw bits of every width: a normal distribution of codes that doubles in width with every row more
+        # raw bits of every width: a normal distribution of codes that doubles in width with every
+        # row more
         cases += [Case(kind, n_rows, 320, n, codes="bits of all kinds", offset="none") for n_rows in range(35, 42) for n in (1, 5)]
         # planes of src1 that share a slab, and stacks of matrices
         cases += [Case(kind, 40, 96, 3, planes=4), Case(kind, 40, 96, 3, n_slabs=3, planes=2, offset="row")]
@@ -127,12 +130,14 @@ class Made:
         return n_columns * self.case.n_rows
 
     def largest(self) -> float:
-        """Of a product of any weights of these scales and offsets with one of the columns: the most that absolute products can sum to."""
+        """The most that the absolute products of one of the columns with any weights of these
+        scales and offsets can sum to."""
         weight = 128 * np.abs(self.scales.astype(np.float64)).max() + (0 if self.offsets is None else np.abs(self.offsets).max())
         return float(weight * np.abs(self.columns.astype(np.float64)).sum(axis=-1).max())
 
     def expected(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Result in f64 from weights (n_slabs, n_rows, n_cols), and per element the sum of absolute products, to which errors are relative."""
+        """Result in f64 from weights (n_slabs, n_rows, n_cols), and per element the sum of absolute
+        products, to which errors are relative."""
         if self.columns is None:
             rows = np.stack([weights[i][self.ids[i]] for i in range(self.case.n_slabs)])
             return rows, np.abs(rows)
@@ -154,7 +159,7 @@ def make(case: Case, rng: np.random.Generator) -> Made:
         scales[:, ::2] = 0
     offsets = None
     if case.offset != "none":
-        # EQ4: offset - 8 * scale must be an f16; multiples of the scale by 8 are
+        # EQ4: offset - 8 * scale must be an f16; multiples of 8 times the scale make it one
         n_offsets = case.n_rows if case.offset == "row" else 1
         if case.offset == "one":
             scales = scales[:, :1]
@@ -174,7 +179,8 @@ def make(case: Case, rng: np.random.Generator) -> Made:
 
 
 def scrambled(made: list[Made], rng: np.random.Generator) -> list[Made]:
-    """The cases with bodies of random bytes: in every other one mostly ones, so that tails are long and run into what follows them."""
+    """The cases with bodies of random bytes: in every other one mostly ones, so that tails are long
+    and run into what follows them."""
     cases = []
     for i, one in enumerate(made):
         payload = one.payload.copy().reshape(one.case.n_slabs, -1)

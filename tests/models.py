@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Tiny random models of many architectures, made from transformers' own configurations.
 
-Widths are multiples of 32 but mostly not of 256. Rows are no multiple of 32 in the vocabulary of 500 tokens, and in keys and values of mistral. Tokenizers: a SentencePiece model trained on the spot, or SmolLM2's byte-level BPE, which
-llama.cpp's converter recognises.
+Widths are multiples of 32 but mostly not of 256. Rows are no multiple of 32 in the vocabulary of
+500 tokens, and in keys and values of mistral. Tokenizers: a SentencePiece model trained on the
+spot, or SmolLM2's byte-level BPE, which llama.cpp's converter recognises.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ _SPECS: dict[str, tuple[str, str, str, dict]] = {
     ),
 }  # fmt: skip
 
-# Not looked at while the code was written: what works here should work with the next architecture too (docs/models.md).
+# Not looked at while the code was written: if these work, the next architecture should work as well
+# (docs/models.md).
 _HELD_OUT: dict[str, tuple[str, str, str, dict]] = {
     # norms of queries and keys
     "qwen3": (
@@ -117,7 +119,7 @@ _HELD_OUT: dict[str, tuple[str, str, str, dict]] = {
 
 # Only what folding rests on: which tensors read a norm, gates, values (convert/fold.py).
 _FOR_FOLDING: dict[str, tuple[str, str, str, dict]] = {
-    # norms whose weights are less 1, embeddings times the root of the width; tied
+    # norms whose weights are stored less 1, embeddings times the root of the width; tied
     "gemma": (
         "GemmaConfig", "GemmaForCausalLM", "spm",
         {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
@@ -171,15 +173,16 @@ def build_tiny_model(name: str, folder: Path, bpe_source: Path, dtype: str = "bf
     config = getattr(transformers, config_name)(**arguments)
     torch.manual_seed(seed)
     model = getattr(transformers, class_name)(config)
-    apart = torch.Generator().manual_seed(seed)  # matrices stay what they are
+    apart = torch.Generator().manual_seed(seed)  # a generator of its own, so that the matrices stay what they are
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                # norms lie around what means 1 (0 in Gemma), biases around 0
+                # norms lie around the value that means 1 (0 in Gemma), biases around 0
                 parameter.add_(torch.randn(parameter.shape, generator=apart), alpha=0.2)
             else:
-                # heavier tails than a fresh initialisation: as in trained models, the largest weight is many times the typical one.
-                # Not so for the vocabulary: with 4 bits over the range of millions of such values, most tokens would be all zeros
+                # heavier tails than a fresh initialisation: as in trained models, the largest
+                # weight is many times the typical one. Not so for the vocabulary: with 4 bits over
+                # the range of millions of such values, most tokens would be all zeros
                 is_vocabulary = parameter.shape[0] == config.vocab_size
                 noise = torch.distributions.Normal(0.0, 1.0) if is_vocabulary else torch.distributions.StudentT(4.0)
                 parameter.copy_(noise.sample(parameter.shape) * 0.6 / parameter.shape[-1] ** 0.5)

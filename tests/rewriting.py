@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files that no writer makes: the header of a sound file written again, with other keys or other tensor infos."""
+"""GGUF files that no writer makes: the header of a sound file is written again with other keys or
+other tensor infos."""
 
 from __future__ import annotations
 

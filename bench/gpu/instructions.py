@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Instructions per weight of the compiled mat-vec kernels, from the disassembly of an object file.
 
-The hot path of a kernel is the loop over units (32 columns). It is found as the shortest backward branch around the products of one
-unit (8 for one column) that also fills the ring: the other loops around products read words from global memory. It has two parts.
-Up to the last wait for copies it keeps the ring filled, once for 32 symbols: that is every unit of EQ8 and every other unit of EQ4. There,
-two small loops copy words; they count as often as a unit runs them, which follows from the bits per weight: one round of the first
-for four full word rows, one of the second for a ragged word row, taken as a tenth of all (lanes of 85 words that differ by some 5 %).
-What stands before, between and behind them counts as the shortest way from one to the next: into the first and past the second, and
-for a tenth of the units into the second; in the units between (EQ4) as the shortest way past all of it. The rest decodes and multiplies.
+The hot path of a kernel is the loop over units (32 columns). It is found as the shortest backward
+branch around the products of one unit (8 for one column) that also fills the ring: the other loops
+around products read words from global memory. It has two parts. Up to the last wait for copies it
+keeps the ring filled, once for 32 symbols: that is every unit of EQ8 and every other unit of EQ4.
+There, two small loops copy words; they count as often as a unit runs them, which follows from the
+bits per weight: one round of the first for four full word rows, one of the second for a ragged word
+row, taken as a tenth of all (lanes of 85 words that differ by some 5 %). The code before, between
+and behind them counts as the shortest way from one to the next: into the first and past the second,
+and for a tenth of the units into the second. In the units between (EQ4) the shortest way past all
+of it counts. The rest decodes and multiplies.
 
     python bench/gpu/instructions.py OBJECT [--json]
 
@@ -88,14 +91,15 @@ def unit_loop(code: list[tuple[int, str]], n_products: int) -> list[tuple[int, s
     for body in loops(code):
         names = Counter(name_of(instruction) for _, instruction in body)
         products = sum("IDP.4A.U8.S8" in instruction for _, instruction in body)  # look-ups multiply unsigned bytes only
-        # the asynchronous copies of the ring stand in the fast loop alone
+        # only the fast loop has the asynchronous copies of the ring
         if products == n_products and names["LDGSTS"] > 0:
             fitting.append(body)
     return min(fitting, key=len, default=[])
 
 
 def shortest(code: list[tuple[int, str]], begin: int, end: int) -> int:
-    """Instructions on the shortest way from number `begin` to number `end`, without the latter. Branches behind `end` lead to it."""
+    """Instructions on the shortest way from number `begin` to number `end`, without the latter.
+    Branches behind `end` lead to it."""
     at = {address: i for i, (address, _) in enumerate(code)}
     best = {begin: 0}
     for i in range(begin, end):  # branches backwards do not shorten anything
@@ -131,7 +135,7 @@ def split(body: list[tuple[int, str]], kind: str) -> tuple[int, float]:
     n_rows = BITS[kind] * COLUMNS / 32
     rounds = (full[1] - full[0]) * n_rows * (1 - RAGGED) / 4 + (ragged[1] - ragged[0]) * n_rows * RAGGED
     units = SYMBOLS_PER_FILL * {"EQ8": 1, "EQ4": 2}[kind] // COLUMNS
-    skipped = shortest(body, 0, end) if units > 1 else 0  # by the units between
+    skipped = shortest(body, 0, end) if units > 1 else 0  # spread over the units between
     return len(body) - end, (around + (units - 1) * skipped) / units + rounds
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Compiles the CUDA sources of this project without a GPU and counts the instructions of the mat-vec kernels.
+"""Compiles the CUDA sources of this project without a GPU and counts the instructions of the
+mat-vec kernels.
 
     python bench/gpu/objects.py [OUT.json]
 
-Objects only, for each architecture of ARCHITECTURES: entropy.cu, the patched ggml-cuda.cu, and harness.cu; the other files are upstream's, unchanged. They are kept in the
-user's cache under the hash of all that goes into them; without it they take 165 s of processor time, 63 of them harness.cu. Needs nvcc; cublas headers and a disassembler come from PyPI where the toolkit has none
+Objects only, for each architecture of ARCHITECTURES: entropy.cu, the patched ggml-cuda.cu, and
+harness.cu; the other files are upstream's, unchanged. They are kept in the user's cache under the
+hash of all that goes into them; without the cache they take 165 s of processor time, 63 of them for
+harness.cu. Needs nvcc; cublas headers and a disassembler come from PyPI where the toolkit has none
 (x86-64 Linux).
 """
 
@@ -40,8 +43,8 @@ _OURS = ("harness.cu", "payload.h")  # in this folder, not in the tree
 # as ggml's CMake passes them
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_USE_GRAPHS", "-DNDEBUG", "-Werror=all-warnings")
 
-# Instructions a weight on sm_90, all and without filling the ring: what the compiler of CUDA 13.0 gives, and a little. The
-# goals are 11 and 6.5, with all that keeps the ring filled.
+# Instructions per weight on sm_90, in all and without filling the ring: what the compiler of CUDA
+# 13.0 gives, plus a little. The goals are 11 and 6.5, filling the ring included.
 BUDGET = {"EQ8 x 1": (10.4, 8.9), "EQ4 x 1": (6.2, 5.4)}
 
 WHEELS = {
@@ -61,7 +64,7 @@ class Object:
 
 
 class CompileError(Exception):
-    """nvcc is not there or refuses a source."""
+    """nvcc is missing or refuses a source."""
 
 
 def nvcc() -> str:
@@ -90,7 +93,8 @@ def _cublas_include() -> list[str]:
 
 
 def compile_objects(programs_for: tuple[str, ...] = ARCHITECTURES) -> list[Object]:
-    """All sources for all architectures, from the cache where they are; programs of this folder for fewer, if need be.
+    """All sources for all architectures, taken from the cache where it has them; programs of this
+    folder for fewer, if need be.
 
     Raises:
         CompileError: no nvcc, or an error or a warning in a source.

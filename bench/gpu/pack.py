@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Packs what has to travel to a machine with a GPU: run.py, patched sources without what is not built there, programs, tiny models, a text.
+"""Packs what has to travel to a machine with a GPU: run.py, the patched sources as far as they are
+built there, programs, tiny models, a text.
 
     python bench/gpu/pack.py build/gpu/entrollm-gpu.tar.xz [--arch 90]
 
-Nothing of this machine's builds goes along, unless --arch names a GPU (90 for sm_90): then the
-programs do (prebuild.py), and nothing is compiled there. The pack stays under 64 MiB (it has 23, 16 of them tiny models; with programs 36), and is the same for the same sources. A name without .xz
-gives a plain tar, for tests.
+Builds of this machine are not included, unless --arch names a GPU (90 for sm_90): then the programs
+are (prebuild.py), and nothing is compiled there. The pack stays under 64 MiB (it has 23, 16 of them
+tiny models; with programs 36), and is the same for the same sources. A name without .xz gives a
+plain tar, for tests.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ _LEFT_OUT = tuple(
         "kleidiai",
     )
 ) + ("gguf-py/", "conversion/", "requirements/", "grammars/", "tools/ui/", ".github/")
-# a kind of each op: plain, without offsets, experts, tied embeddings
+# models for each kind of op: plain, without offsets, experts, tied embeddings
 MODELS = (
     ("llama", "EQ8-rows"),
     ("llama", "EQ8-paper"),
@@ -66,7 +68,8 @@ MODELS = (
 
 
 def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS, programs: list[Path] | None = None) -> int:
-    """Write the pack with these tiny models and, if there are any, programs in place of their sources; returns its size in bytes."""
+    """Write the pack with these tiny models and, if there are any, programs in place of their
+    sources; returns its size in bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder)
@@ -81,7 +84,7 @@ def build(target: Path, tiny: tuple[tuple[str, str], ...] = MODELS, programs: li
 
         part = target.with_name(target.name + ".part")
         with tarfile.open(part, "w:xz" if target.suffix == ".xz" else "w") as archive:
-            _add(archive, ROOT / "bench" / "gpu" / "run.py", "run.py")  # what runs the rest
+            _add(archive, ROOT / "bench" / "gpu" / "run.py", "run.py")  # the program that runs the rest
             llama_cpp = scratch / "tree" / tree.LLAMA_CPP
             for path in sorted(llama_cpp.rglob("*")) if programs is None else []:
                 name = path.relative_to(llama_cpp).as_posix()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""bf16_huffman_infer and dfloat11 on the shapes of the kernel table, one column, beside plain bf16. Prints one line of JSON.
+"""bf16_huffman_infer and dfloat11 on the shapes of the kernel table, one column, beside plain bf16.
+Prints one line of JSON.
 
-Both compress bf16 losslessly to some 11 bits, so microseconds are not comparable weight for weight: their gain over bf16 is, against ours over
-Q8_0. Needs torch and the two packages (dfloat11 also cupy). A peer that fails is reported as failed.
+Both compress bf16 losslessly to some 11 bits, so microseconds are not comparable weight for weight;
+comparable are their gain over bf16 and ours over Q8_0. Needs torch and the two packages (dfloat11
+also cupy). A peer that fails is reported as failed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def microseconds(layers: list[torch.nn.Module], n_cols: int) -> float:
 
 
 def linear(n_rows: int, n_cols: int) -> torch.nn.Linear:
-    """Weights as a trained model's: normal, small."""
+    """Weights like those of a trained model: normal, small."""
     layer = torch.nn.Linear(n_cols, n_rows, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight.normal_(0, 0.02)

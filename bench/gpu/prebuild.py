@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Builds, without a GPU, what run.py would build on the machine that has one: time there is dear.
+"""Builds, without a GPU, what run.py would otherwise build on the machine that has one, where time
+is expensive.
 
-The programs need that machine's driver, cublas and cudart, and its C library must not be older than the one here. The CPU part is for x86-64 with AVX2.
-The build folder stays in the user's cache, so that a small change compiles little.
+The programs need that machine's driver, cublas and cudart, and its C library must not be older than
+the one here. The CPU part is for x86-64 with AVX2. The build folder stays in the user's cache, so
+that a small change compiles little.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from entrollm_gguf.runtime.paths import cache_folder, patches_folder
 from entrollm_gguf.runtime.pin import read_pin
 
 _HERE = Path(__file__).resolve().parent
-# The driver's library comes with a driver. What ggml calls of it, for the linker alone.
+# The driver's library comes with a driver. These are the functions that ggml calls, for the linker
+# only.
 _DRIVER = [
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -40,17 +43,18 @@ _DRIVER = [
     "cuMemUnmap",
 ]
 _CPU = tuple(f"-DGGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"))
-# what stock types are compared with on the CPU of that machine, if it has these
+# the instruction sets of stock types' kernels on the CPU of that machine, if it has them
 _CPU_AVX512 = (*_CPU, *(f"-DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI")))
 
 
 class PrebuildError(Exception):
-    """A compiler or linker says no; the message is what it said."""
+    """A compiler or linker failed; the message is what it said."""
 
 
 def prebuild(architecture: str, cmake: list[str]) -> list[Path]:
-    """Programs and libraries for GPUs of one architecture (90 for sm_90), all in one folder and finding each other there. More arguments may go to cmake:
-    -DGGML_CUDA_FA=OFF leaves out flash attention, which takes half of the time.
+    """Programs and libraries for GPUs of one architecture (90 for sm_90), all in one folder and
+    finding each other there. More arguments may go to cmake: -DGGML_CUDA_FA=OFF leaves out flash
+    attention, which takes half of the time.
 
     Raises:
         PrebuildError: a program cannot be built.

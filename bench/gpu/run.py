@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Builds, checks and measures the CUDA path on a machine with a GPU. Runs there, on Python alone: no packages, no network.
+"""Builds, checks and measures the CUDA path on a machine with a GPU. Runs there, on Python alone:
+no packages, no network.
 
-    python3 run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N] [--skip STEP ...]
+    python3 run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N] [--skip STEP...]
 
-PACK is what bench/gpu/pack.py made; this file is in it. Needed on PATH: nvcc, cmake, ninja (or make), a C++ compiler; none of them where the pack holds programs
-(pack.py --arch). Steps that are done are not repeated: after a call was
-cut off, or its budget ran out, the next goes on there. Results are in FOLDER/gpu-results.json after every step, all output in FOLDER/gpu-log.txt.
+PACK is what bench/gpu/pack.py made; this file is in it. Needed on PATH: nvcc, cmake, ninja (or
+make), a C++ compiler; none of them where the pack holds programs (pack.py --arch). Steps that are
+done are not repeated: after a call that was cut off, or whose budget ran out, the next one goes on
+from there. Results are in FOLDER/gpu-results.json after every step, all output in
+FOLDER/gpu-log.txt.
 
-Stage 1 needs the kernels and the codec only: bit-exactness, compute-sanitizer, table of kernel speeds. Stage 2 builds llama.cpp for this GPU: test-backend-ops,
-CUDA = CPU on tiny models in all kinds of placement, llama-bench on models of 1B and 8B random weights, products beside stock types. Stage 3 runs the peers, where
-their packages are. Every step says what is wrong; one thing that is, and the exit code is 1.
+Stage 1 needs the kernels and the codec only: bit-exactness, compute-sanitizer, table of kernel
+speeds. Stage 2 builds llama.cpp for this GPU: test-backend-ops, CUDA = CPU on tiny models in all
+kinds of placement, llama-bench on models of 1B and 8B random weights, products beside stock types.
+Stage 3 runs the peers, where their packages are. Every step says what is wrong; if anything is, the
+exit code is 1.
 """
 
 from __future__ import annotations
@@ -79,7 +84,7 @@ class Run:
         (self.out / "gpu-results.json").write_text(text)
 
     def keep(self, name: str, entry: dict) -> None:
-        """What came of a step."""
+        """Keep the outcome of a step."""
         with self.lock:
             self.state["steps"][name] = entry
             self.save()
@@ -92,7 +97,7 @@ class Run:
             shutil.copyfile(self.work / "gpu-log.txt", self.out / "gpu-log.txt")
 
     def command(self, *words: str | Path, timeout: float = 600, env: dict[str, str] | None = None, check: bool = True) -> str:
-        """Run a program; its output.
+        """Run a program; returns its output.
 
         Raises:
             Failure: it failed, or took longer than it may.
@@ -124,7 +129,8 @@ class Run:
 
 
 def stop(process: subprocess.Popen) -> str:
-    """End a program and all that it started: cmake's compilers would go on, and keep its output open. ninja asks for a moment to delete half-written files."""
+    """End a program and everything that it started: cmake's compilers would otherwise go on and
+    keep its output open. ninja is given a moment to delete half-written files."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         return process.communicate(timeout=5)[0]
@@ -133,9 +139,10 @@ def stop(process: subprocess.Popen) -> str:
         return process.communicate()[0]
 
 
-# ---- what programs said -----------------------------------------------------------------------------------------------------------------
+# ---- what programs said --------------------------------------------------------------------------
 #
-# llama.cpp's own lines come at verbosity 4 only, behind a time stamp and a letter (tests/cuda/batched-bench.log).
+# llama.cpp's own lines come only at verbosity 4, after a time stamp and a letter
+# (tests/cuda/batched-bench.log).
 
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 
@@ -154,7 +161,8 @@ def entropy_lines(said: str) -> list[str]:
 
 
 def wrong_mode(said: str, mode: str) -> list[str]:
-    """Nothing if the GPU has the weights as they should be: fused, it computes on them; load, it has them decoded. Nothing may end on the CPU unnoticed."""
+    """Empty if the GPU has the weights as it should: it computes on them in mode fused, and has
+    them decoded in mode load. Nothing may end on the CPU unnoticed."""
     lines = entropy_lines(said)
     sign = r"stay as they are; computed by .*CUDA" if mode == "fused" else r"^decoded "
     there = mode == "fused" or any(name.startswith("model CUDA") for name in buffers(said))
@@ -184,7 +192,8 @@ def tests_passed(said: str) -> dict:
 def sanitized(said: str) -> dict:
     """Verdict of compute-sanitizer, and of the program under it."""
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*\S)", said)
-    # racecheck warns where a warp orders its accesses by more than a barrier: our rings, whose copies are ordered by wait_group and a warp's meeting
+    # racecheck warns where a warp orders its accesses by something else than a barrier: our rings,
+    # whose copies are ordered by wait_group and the meeting of a warp
     clean = bool(summary) and all(re.match(r"0 (errors|hazards)\b|\d+ hazards displayed \(0 errors, ", line) for line in summary)
     return {"summary": summary, "wrong": ([] if clean else summary or ["no summary"]) + checked(said)["wrong"]}
 
@@ -199,10 +208,12 @@ def checked(said: str) -> dict:
     return {"checks": n_checks, "wrong": [f"{n_wrong} of {n_checks} checks", *lines] if n_wrong or not n_checks else []}
 
 
-# CUDA against the CPU: the same codes, another order of sums, and activations in int8 on both sides, in blocks that differ by some roundings (F16 for large
-# batches). The CPU differs from itself (fused or load, batches of 512 or 4) by up to 0.08 % in perplexity and 0.0004 in KL divergence, the latter where a
-# router is undecided between experts. Random models have much the same perplexity whatever they compute: EQ4-rows and EQ8-rows of one model differ by 0.6 %
-# and agree on nothing. Their divergence is 0.14, so that is the sharper of the two.
+# CUDA against the CPU: the same codes, another order of sums, and activations in int8 on both
+# sides, in blocks that differ by some roundings (F16 for large batches). The CPU differs from
+# itself (fused or load, batches of 512 or 4) by up to 0.08 % in perplexity and 0.0004 in KL
+# divergence, the latter where a router is undecided between experts. Random models have much the
+# same perplexity whatever they compute: EQ4-rows and EQ8-rows of one model differ by 0.6 % and
+# agree on nothing. Their divergence is 0.14, so that is the sharper of the two.
 MAX_PERPLEXITY = 0.005  # relative
 MAX_DIVERGENCE = 0.002  # mean, nats
 
@@ -214,7 +225,7 @@ def compared(said: str, base: float) -> dict:
     if ppl is None or kld is None:
         return {"wrong": ["failed: " + (said.strip().splitlines() or ["no output"])[-1][:200]]}
     row = {"perplexity": float(ppl[1]), "divergence": float(kld[1])}
-    # written so that no number is wrong, too
+    # written in such a way that NaN counts as wrong, too
     if not abs(row["perplexity"] / base - 1) <= MAX_PERPLEXITY:
         row["wrong"] = [f"perplexity {row['perplexity']}, CPU {base}"]
     elif not row["divergence"] <= MAX_DIVERGENCE:
@@ -228,11 +239,11 @@ def verdict(steps: dict[str, dict]) -> list[str]:
     return lines + [f"{name}: {reason}" for name, entry in steps.items() for reason in entry.get("result", {}).get("wrong", [])]
 
 
-# ---- stage 1: the kernels by themselves -------------------------------------------------------------------------------------------------
+# ---- stage 1: the kernels by themselves ----------------------------------------------------------
 
 
 def machine(run: Run) -> dict:
-    """What all figures belong to."""
+    """The machine that all figures belong to."""
     query = "name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem"
     gpu = run.command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", timeout=60, check=False).strip()
     nvcc = run.command("nvcc", "--version", timeout=60).strip().splitlines() if shutil.which("nvcc") else ["", "none"]
@@ -241,7 +252,7 @@ def machine(run: Run) -> dict:
 
 
 def card(run: Run) -> str:
-    """The GPU of this call: the next may come to another, and times of two do not compare."""
+    """The GPU of this call: the next call may get another one, and times of two do not compare."""
     try:
         return run.command("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", timeout=60).strip()
     except (OSError, Failure):
@@ -297,7 +308,7 @@ def table(run: Run) -> dict:
     return json.loads(path.read_text())
 
 
-# of Nsight Compute's pages, what says where the time goes
+# the sections of Nsight Compute's report that say where the time goes
 _PROFILE = re.compile(
     r"^\s*(entropy_\w+|void entropy_\w+|Duration|SM Frequency|Registers Per Thread|Achieved Occupancy|Issue Slots Busy|Executed Ipc Active|"
     r"DRAM Throughput|L1/TEX Hit Rate|No Eligible|Eligible Warps Per Scheduler|Active Warps Per Scheduler|Warp Cycles Per Issued Instruction|.*\bstall\b.*)"
@@ -314,7 +325,7 @@ def profile(run: Run) -> dict:
     return {"lines": [" ".join(line.split())[:400] for line in said.splitlines() if _PROFILE.match(line)]}
 
 
-# ---- stage 2: llama.cpp -----------------------------------------------------------------------------------------------------------------
+# ---- stage 2: llama.cpp --------------------------------------------------------------------------
 
 COMMON = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -338,7 +349,8 @@ def generator() -> list[str]:
 
 
 def build(run: Run) -> dict:
-    """The patched tree for this GPU only. Takes minutes; a call that is cut off goes on with what is compiled."""
+    """The patched tree for this GPU only. Takes minutes; a call that is cut off goes on with what
+    is compiled."""
     if run.prebuilt:
         return {"prebuilt": True}
     folder = run.work / "build"
@@ -375,7 +387,8 @@ def device_name(run: Run) -> str:
 
 
 def ours(run: Run) -> dict:
-    """Our cases of test-backend-ops, GPU against CPU. The GPU supports them all: one that it does not is not counted, and would go to the CPU in a model."""
+    """Our cases of test-backend-ops, GPU against CPU. The GPU has to support all of them: a case
+    that it does not support is not counted, and would go to the CPU in a model."""
     result = backend_ops(run, "-p", "type_a=eq|type=eq")
     if result["not_supported"]:
         result["wrong"].append(f"{result['not_supported']} cases are not supported")
@@ -383,7 +396,7 @@ def ours(run: Run) -> dict:
 
 
 def upstream(op: str) -> Callable[[Run], dict]:
-    """Upstream's cases of an op that we touch."""
+    """Upstream's cases of the ops that we touch."""
     return lambda run: backend_ops(run, "-o", op)
 
 
@@ -392,7 +405,8 @@ def backend_ops(run: Run, *arguments: str) -> dict:
     return tests_passed(run.command(program(run, "test-backend-ops"), "test", "-b", device_name(run), *arguments, timeout=400, check=False))
 
 
-# Where the weights are and who decodes them: name, mode, arguments, environment. The tiny models have two layers and an output, so -ngl 2 is half of the layers.
+# Where the weights are and who decodes them: name, mode, arguments, environment. The tiny models
+# have two layers and an output, so -ngl 2 is half of the layers.
 _PLACES: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
     ("fused", "fused", ("-ngl", "99", "-ub", "512"), {}),
     ("fused, batches of 4", "fused", ("-ngl", "99", "-ub", "4"), {}),
@@ -409,7 +423,8 @@ _PLACES: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
     ("half of the layers", "fused", ("-ngl", "2", "-ub", "512"), {}),
     ("half of the layers, batches of 4", "fused", ("-ngl", "2", "-ub", "4"), {}),
 )
-# experts of a layer, or one of gate and up, on the CPU: batches of all sizes are computed there, the rest on the GPU
+# experts of a layer, or one of gate and up, on the CPU: batches of all sizes are computed there,
+# the rest on the GPU
 _EXPERTS = (
     ("--n-cpu-moe 1", "fused", ("-ngl", "99", "--n-cpu-moe", "1", "-ub", "512"), {}),
     ("--n-cpu-moe 1, batches of 4", "fused", ("-ngl", "99", "--n-cpu-moe", "1", "-ub", "4"), {}),
@@ -420,7 +435,8 @@ _EXPERTS = (
 
 
 def equal(model: str) -> Callable[[Run], dict]:
-    """CUDA = CPU on a tiny model: perplexity and divergence from the CPU in load mode, for every placement."""
+    """CUDA = CPU on a tiny model: perplexity and divergence from the CPU in load mode, for every
+    placement."""
 
     def step(run: Run) -> dict:
         logits = run.work / f"cpu-logits-{model}.bin"
@@ -447,7 +463,8 @@ def equal(model: str) -> Callable[[Run], dict]:
 
 
 def products(env: dict[str, str]) -> Callable[[Run], dict]:
-    """kernel-table.cpp. Its graphs are products one after the other with the same columns, so ours go two by two unless fusion is off; stock types go singly."""
+    """kernel-table.cpp. Its graphs are products one after the other with the same columns, so ours
+    go two by two unless fusion is off; stock types go singly."""
 
     def step(run: Run) -> dict:
         path = run.work / "products.json"
@@ -468,12 +485,14 @@ def synthetic(run: Run, size: str, kind: str) -> Path:
 
 
 BATCHES = (1, 2, 4, 8)
-# of ggml-cuda: kernels that begin before the one ahead has ended (on unless 0), and q, k and v at the same time (off unless 1)
+# switches of ggml-cuda: kernels that begin before the one ahead has ended (on unless 0), and q, k
+# and v at the same time (off unless 1)
 SWITCHES = ({"GGML_CUDA_PDL": "0"}, {"GGML_CUDA_GRAPH_OPT": "1"})
 
 
 def models(size: str, kind: str) -> Callable[[Run], dict]:
-    """One random model: make it, tokens per second at batch 1 to 8 and for prompts of 512 and 2048, memory; delete it."""
+    """One random model: make it, tokens per second at batch 1 to 8 and for prompts of 512 and 2048,
+    memory; delete it."""
 
     def step(run: Run) -> dict:
         path = synthetic(run, size, kind)
@@ -507,14 +526,15 @@ def models(size: str, kind: str) -> Callable[[Run], dict]:
 
 
 def cold_start(run: Run) -> dict:
-    """From the start of a program to its first token, 1B: the file in the page cache, and then on the disk."""
+    """From the start of a program to its first token, 1B: the file in the page cache, and then on
+    the disk."""
     result: dict = {"wrong": []}
     for kind, name, mode in (("EQ8", "load", "load"), ("EQ8", "fused", "fused"), ("Q8_0", "stock Q8_0", "load")):
         path = synthetic(run, "1B", kind)
         row: dict = {}
         for where in ("page cache", "disk"):
             with open(path, "rb") as file:
-                if where == "disk":  # clean pages may be asked to go
+                if where == "disk":  # clean pages can be dropped on request
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 else:
@@ -534,7 +554,7 @@ def cold_start(run: Run) -> dict:
     return result
 
 
-# ---- the processor that is there, too ----------------------------------------------------------------------------------------------------
+# ---- the processor that is there, too ------------------------------------------------------------
 
 
 def cpu_levels() -> list[str]:
@@ -544,7 +564,8 @@ def cpu_levels() -> list[str]:
 
 
 def cpu_backend(run: Run) -> dict[str, str]:
-    """Environment in which stock types have what this processor offers, where the pack brings it."""
+    """Environment in which stock types use what this processor offers, where the pack includes that
+    build."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     if run.prebuilt is None or not {"avx512_vnni", "avx512vbmi"} <= set(flags.split()):
         return {}
@@ -591,7 +612,7 @@ def cpu_model(kind: str, levels: tuple[str, ...]) -> Callable[[Run], dict]:
     return step
 
 
-# ---- stage 3: peers ---------------------------------------------------------------------------------------------------------------------
+# ---- stage 3: peers ------------------------------------------------------------------------------
 
 
 def peers(run: Run) -> dict:
@@ -613,12 +634,13 @@ class Step(NamedTuple):
     stage: int
     name: str
     do: Callable[[Run], dict]
-    timed: bool = True  # alone on the machine: steps that time nothing run side by side
+    timed: bool = True  # needs the machine for itself; steps that time nothing run side by side
 
 
 def steps_of(run: Run) -> list[Step]:
-    """What tells most comes first: is it right, how fast are the kernels, how fast is a model. With programs in the pack, all that is to be right comes before all that
-    is to be fast; else the kernels' speed is known before llama.cpp is built."""
+    """The most telling steps come first: is it right, how fast are the kernels, how fast is a
+    model. With programs in the pack, everything about correctness comes before everything about
+    speed; otherwise the kernels' speed is measured before llama.cpp is built."""
     tiny = sorted(path.stem for path in (run.work / "pack" / "models").glob("*.gguf"))
     kernels = [
         Step(1, "check", check, timed=False),
@@ -652,7 +674,8 @@ def steps_of(run: Run) -> list[Step]:
 
 
 def batches_of(steps: list[Step]) -> list[list[Step]]:
-    """Steps in order: each that is timed by itself, those between two of them together."""
+    """Steps in order: each step that is timed is a batch by itself, and the steps between two of
+    these are one batch."""
     return [
         list(group)
         for alone, part in itertools.groupby(steps, lambda one: one.timed)
@@ -661,7 +684,8 @@ def batches_of(steps: list[Step]) -> list[list[Step]]:
 
 
 def find_libraries() -> None:
-    """Let programs that came in the pack find cublas and cudart, which may be a toolkit's or those of Python packages."""
+    """Let programs that came in the pack find cublas and cudart, which may be a toolkit's or those
+    of Python packages."""
     folders = [Path("/usr/local/cuda/lib64"), Path("/usr/local/cuda/targets/x86_64-linux/lib")]
     folders += [folder for place in sys.path for folder in sorted(Path(place or ".").glob("nvidia/*/lib"))]
     there = [str(folder) for folder in folders if any(folder.glob("libcu*.so*"))]
@@ -669,7 +693,8 @@ def find_libraries() -> None:
 
 
 def unpack(run: Run) -> None:
-    """The pack, once. Another pack begins anew; files that are the same keep their times, so that only what changed is built again."""
+    """Unpack the pack, once. Another pack replaces it; files that are the same keep their times, so
+    that only what changed is built again."""
     stamp = hashlib.sha256(run.pack.read_bytes()).hexdigest()
     mark = run.work / "unpacked"
     if mark.is_file() and mark.read_text() == stamp:
@@ -695,7 +720,7 @@ def unpack(run: Run) -> None:
 
 
 def perform(run: Run, one: Step, gpu: str) -> bool:
-    """Do it and keep what came of it. False: no time was left."""
+    """Do a step and keep its outcome. False: no time was left."""
     started = time.monotonic()
     try:
         entry: dict = {"result": one.do(run)}
@@ -711,7 +736,8 @@ def perform(run: Run, one: Step, gpu: str) -> bool:
 
 
 def main() -> int:
-    """Run what is left to do. 0: all is done and right; 1: something is wrong; 3: out of time, call again."""
+    """Run what is left to do. 0: all is done and right; 1: something is wrong; 3: out of time, call
+    again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for results")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What a model does with its inputs: statistics that tell which weights matter. From a text, from the model's own text, or from an imatrix file."""
+"""Statistics that tell which weights matter: from a text, from text that the model writes itself,
+or from an imatrix file."""
 
 from entrollm_gguf.calibrate.gather import gather
 from entrollm_gguf.calibrate.imatrix import check_fit, read_imatrix

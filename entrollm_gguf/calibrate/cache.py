@@ -28,9 +28,9 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zi
 class ModuleStatistics:
     """Of one linear layer; names and orders are the checkpoint's."""
 
-    columns: np.ndarray  # f32 (n_in,); zeros if no token came to it
+    columns: np.ndarray  # f32 (n_in,); zeros if no token reached it
     rows: np.ndarray  # f32 (n_out,)
-    hessian: Path | None  # .npy, f32 (n_in, n_in); layers that share their input share the file; None if no token came
+    hessian: Path | None  # .npy, f32 (n_in, n_in); layers that share their input share the file; None if no token reached it
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def hessian_file(folder: Path, site: str) -> Path:
-    """By name, not by number: whatever run made it, it is this layer's."""
+    """Named after the layer, not numbered: whichever run made it, it belongs to this layer."""
     return folder / f"hessian-{re.sub(r'[^A-Za-z0-9._-]', '_', site.removesuffix('.weight'))}.npy"
 
 
@@ -110,7 +110,8 @@ def read_complete(folder: Path, what: str) -> Gathered:
 
 
 def load_complete(folder: Path, what: str) -> Gathered | None:
-    """Complete statistics, or None if there are none; then nothing says any longer that they are complete."""
+    """Complete statistics, or None. In that case no mark remains that would call the folder
+    complete."""
     try:
         return read_complete(folder, what)
     except DAMAGE:

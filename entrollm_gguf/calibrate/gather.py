@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Statistics from running the model, by transformers: which inputs are large, how they go together, and which outputs the predictions hang on.
+"""Statistics from running the model with transformers: which inputs are large, how they go
+together, and on which outputs the predictions depend.
 
 For every linear layer y = W x:
 
-- mean of x x^T over the tokens that came to it, the Hessian of the layer's squared output error (GPTQ, arXiv 2210.17323);
+- mean of x x^T over the tokens that reach it, the Hessian of the layer's squared output error
+  (GPTQ, arXiv 2210.17323);
 - mean of x^2, its diagonal;
-- mean of (dL/dy)^2 over all tokens of the text, with L = log p(token), the token drawn from the model's own prediction. This is the diagonal of the Fisher information: half of it, weighted with a small error's
-  square, is the KL divergence that the error causes. An expert that few tokens come to has little of it: that is where it counts how seldom it is asked.
+- mean of (dL/dy)^2 over all tokens of the text, where L = log p(token) and the token is drawn from
+  the model's own prediction. This is the diagonal of the Fisher information: a small error causes a
+  KL divergence of half of it times the error's square. For an expert that few tokens reach, the
+  mean is small, and so its errors count for little.
 
 The text is the user's, or drawn from the model itself: then no data is needed.
 
-Hessians are what takes memory, so they are gathered for a group of layers at a time, in as many runs over the text as that takes, and each group is kept in the cache when it is done: an interrupted calibration
-goes on where it stopped, and another conversion of the same model needs none. What the cache holds is believed only as far as it can be read.
+Hessians take the most memory. They are therefore gathered for a group of layers at a time, in as
+many runs over the text as that takes, and each group is kept in the cache when it is done: an
+interrupted calibration goes on where it stopped, and another conversion of the same model needs
+none. What the cache holds is believed only as far as it can be read.
 """
 
 from __future__ import annotations
@@ -58,19 +64,24 @@ def gather(
 ) -> Gathered:
     """Run a text through a Hugging Face model.
 
-    The model runs in the first that has room of: GPU in f32, GPU in bf16, CPU in f32, CPU in bf16. Memory that is free at the moment thus decides on the precision. Each has statistics of its own in the cache, and
-    those that are there are taken before any are gathered in a lower precision.
+    The model runs in the first that has room of: GPU in f32, GPU in bf16, CPU in f32, CPU in bf16.
+    So the memory that is free at the moment decides the precision. The cache keeps the statistics
+    of each precision apart, and those that are there are taken before any are gathered in a lower
+    one.
 
     Args:
         model_dir: model folder; transformers must know the architecture.
         text: a UTF-8 file; None for text that the model writes itself.
-        n_sequences: of CONTEXT tokens each; fewer if the text is shorter. They are taken evenly from the whole text.
+        n_sequences: of CONTEXT tokens each; fewer if the text is shorter. They are taken evenly
+            from the whole text.
         seed: of everything random, 0 to 2^63 - 1.
         threads: on the CPU; torch's own choice by default.
-        names: of the checkpoint's weights as the converter has them. If transformers knows none of them, that is said before the long runs.
+        names: of the checkpoint's weights as the converter has them. If transformers knows none of
+            them, an error says so before the long runs.
     Raises:
-        TextError: the text is none.
-        ConversionError: transformers cannot load or run the model, memory or the cache's disk is too small, the text is too short, or no name is known.
+        TextError: the file is no text.
+        ConversionError: transformers cannot load or run the model, memory or the cache's disk is
+            too small, the text is too short, or no name is known.
     """
     model_dir = Path(model_dir)
     content, what = None, f"own text, seed {seed}"
@@ -98,7 +109,7 @@ def gather(
 
 
 def _hash_files(model_dir: Path) -> bytes:
-    """Of weights, configuration and tokenizer, whatever it consists of."""
+    """Hash of weights, configuration and tokenizer, whatever files these consist of."""
     digest = hashlib.sha256()
     for path in sorted(path for kind in ("json", "safetensors", "bin", "model", "txt") for path in model_dir.glob(f"*.{kind}")):
         with open(path, "rb") as file:
@@ -124,7 +135,7 @@ def _gather_into(
     names: Collection[str] | None,
     progress: Progress | None,
 ) -> None:
-    """All runs over the text; what is whole in the folder already is not made again."""
+    """Do all runs over the text; what is already whole in the folder is not made again."""
     import torch
 
     for part in folder.glob("part-*"):  # of a process that was killed: the folder is ours now
@@ -175,7 +186,7 @@ def _gather_into(
                 found = run.diagonals(tokens.numel())
             save(folder / "diagonals.npz", lambda file, arrays=found: np.savez(file, **arrays))
             diagonals = found
-        # the first run tells which experts no token comes to
+        # the first run tells which experts no token reaches
         missing = {site: size for site, size in missing.items() if site not in groups[0] and diagonals[f"columns/{site}"].any()}
         number += 1
     complete = {"tokens": list(tokens.shape), "hessians": {name: site if site in whole else None for name, site in sites.items()}}

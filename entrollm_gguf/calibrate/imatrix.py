@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Importance matrices of llama-imatrix (GGUF): for every matrix the mean square of each of its inputs."""
+"""Importance matrices of llama-imatrix (GGUF): for every matrix the mean square of each of its
+inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def read_imatrix(path: str | Path) -> Statistics:
     """Column statistics from an imatrix file.
 
     Raises:
-        FormatError: no such file, not an imatrix in GGUF, or values that are no sums of squares.
+        FormatError: no such file, not an imatrix in GGUF, or values that cannot be sums of squares.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,7 +47,7 @@ def read_imatrix(path: str | Path) -> Statistics:
         if counts is None or counts.size != len(sums) or not (_are_sums(sums) and _are_sums(counts)):
             raise FormatError(f"{path}: {stem} has no valid sums and counts (numbers from 0 on); make the file again")
         counts = counts.reshape(-1, 1).astype(np.float32)
-        if (counts > 0).any():  # experts that no token came to have the others' mean
+        if (counts > 0).any():  # experts that no token reached get the others' mean
             mean = sums / np.maximum(counts, 1)
             found[stem] = TensorStatistics(np.where(counts > 0, mean, mean[counts[:, 0] > 0].mean(axis=0)))
     if not found:
@@ -59,14 +60,15 @@ def _are_sums(values: np.ndarray) -> bool:
 
 
 def check_fit(path: Path, statistics: Statistics, shapes: dict[str, tuple[int, ...]]) -> None:
-    """See that an imatrix was made with the model that is converted.
+    """Check that an imatrix was made with the model that is converted.
 
     Args:
         path: of the imatrix, for messages.
         statistics: what `read_imatrix` found in it.
         shapes: of the model's tensors, by GGUF name, numpy order.
     Raises:
-        ConversionError: it has a tensor that the model lacks, or one of another width or another number of experts.
+        ConversionError: it has a tensor that the model lacks, or one of another width or another
+            number of experts.
     """
     other = "this imatrix belongs to another model"
     known = {name: one for name, one in statistics.tensors.items() if name in shapes}

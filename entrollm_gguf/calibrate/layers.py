@@ -19,12 +19,14 @@ def find_layers(model) -> dict[str, Any]:
 
 
 def _weight_name(module: str) -> str:
-    """As llama.cpp's converter calls a module's weight: the text part of a model that knows pictures, too, is the model."""
+    """The name that llama.cpp's converter gives a module's weight: of a model that reads pictures
+    as well, the text part counts as the model."""
     return f"{module}.weight".replace("language_model.", "")
 
 
 def find_sites(model, layers: dict[str, Any], tokens) -> dict[str, str | None]:
-    """Layers by name -> the first layer that reads the same input. None for an embedding of its own. Layers that text does not come to, as those for pictures, are left out."""
+    """For each layer by name, the first layer that reads the same input; None for an embedding that
+    is not tied. Layers that text does not reach, such as those for pictures, are left out."""
     import torch
 
     found: dict[str, str | None] = {}
@@ -47,10 +49,11 @@ def find_sites(model, layers: dict[str, Any], tokens) -> dict[str, str | None]:
     finally:
         for handle in handles:
             handle.remove()
-    # experts that no token of this sequence came to: their like in other places were found
+    # experts that no token of this sequence reached, if others of their kind were found
     kinds = {_kind(name) for name in found}
     found |= {name: name for name in layers if name not in found and _kind(name) in kinds}
-    # a tied embedding is the output's matrix, too, and that is where its inputs matter
+    # a tied embedding is the output's matrix as well, and it is as the output that its inputs
+    # matter
     found[embedding_name(model)] = found.get(_tied_head(model) or "")
     return found
 
@@ -67,7 +70,7 @@ def _head_name(model) -> str | None:
 
 
 def _tied_head(model) -> str | None:
-    """The same if it is the embedding."""
+    """The same, if the embedding is used as the output."""
     head = model.get_output_embeddings()
     return _head_name(model) if head is not None and head.weight is model.get_input_embeddings().weight else None
 
@@ -91,7 +94,8 @@ def group_sites(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 class Run:
-    """One run over the text: Hessians of some sites, and with gradients the diagonals of all layers.
+    """One run over the text: Hessians of some sites, and with gradients the diagonals of all
+    layers.
 
     Args:
         layers: by the name of their weight.
@@ -107,8 +111,8 @@ class Run:
         self._layers = {name: layers[name] for name in sites if name in layers}  # without the embedding
         self._group = frozenset(group)
         self._with_gradients = with_gradients
-        self._hessians: dict[str, Any] = {}  # sums over the tokens that came to a layer, as all others here
-        self._n_tokens: dict[str, int] = {}  # that came to a layer: few of all to an expert
+        self._hessians: dict[str, Any] = {}  # sums over the tokens that reached a layer, as all others here
+        self._n_tokens: dict[str, int] = {}  # that reached a layer: an expert gets few of all
         self._columns: dict[str, Any] = {}
         self._rows: dict[str, Any] = {}
         self._head: dict[str, Any] = {}  # sum of p (1 - p) for each token of the vocabulary
@@ -174,26 +178,29 @@ class Run:
         logits.backward(gradient=error[None].to(logits.dtype))
 
     def hessian(self, site: str) -> np.ndarray | None:
-        """Mean over the tokens that came to it, f32 (n_in, n_in); None if none did, or with nothing but zeros."""
+        """Mean over the tokens that reached it, f32 (n_in, n_in); None if none did, or only
+        zeros."""
         total = self._hessians.pop(site, None)  # pop: memory for the copy
         return None if total is None or not total.any() else total.div_(self._n_tokens[site]).cpu().numpy()
 
     def diagonals(self, n_tokens: int) -> dict[str, np.ndarray]:
-        """Means over the tokens, for `read_complete`: of inputs over those that came to a layer, of gradients over all."""
+        """Means over the tokens, for `read_complete`: of inputs over those that reached a layer, of
+        gradients over all."""
         torch = self._torch
         arrays = {f"columns/{name}": value / self._n_tokens[name] for name, value in self._columns.items()}
         arrays |= {f"rows/{name}": value / n_tokens for name, value in self._rows.items()}
         output = _head_name(self._model)
         if f"columns/{output}" in arrays:
-            # the mean over what could have been drawn, instead of the one token of so many that was
+            # the mean over all tokens that could have been drawn, instead of the one that was
             arrays[f"rows/{output}"] = self._head["rows"] / n_tokens
-        for name, module in self._layers.items():  # zeros for experts that no token came to
+        for name, module in self._layers.items():  # zeros for experts that no token reached
             arrays.setdefault(f"columns/{name}", torch.zeros(module.in_features))
             arrays.setdefault(f"rows/{name}", torch.zeros(module.out_features))
-        # A row of the embedding is what a token adds to the residual stream; where it is the output's row too, both count. In terms of
-        # `rows` times the mean of `columns`, as for all other layers.
+        # A row of the embedding is what a token adds to the residual stream; where it is the
+        # output's row as well, both count. It is expressed as `rows` times the mean of `columns`,
+        # like all other layers.
         embedding = self._model.get_input_embeddings()
-        scale = float(getattr(embedding, "embed_scale", 1.0))  # some multiply what they looked up (Gemma 3)
+        scale = float(getattr(embedding, "embed_scale", 1.0))  # some models multiply what they looked up (Gemma 3)
         lookups = self._lookups * (scale**2 / (n_tokens * embedding.embedding_dim))
         name, head = embedding_name(self._model), _tied_head(self._model)
         arrays[f"columns/{name}"], arrays[f"rows/{name}"] = torch.ones(embedding.embedding_dim), lookups

@@ -34,7 +34,8 @@ class Place:
 
 @contextmanager
 def explained(model_dir: Path) -> Iterator[None]:
-    """Whatever transformers, torch and the model's code raise becomes a line: they meet arbitrary files, so that every type of exception is possible."""
+    """Whatever transformers, torch and the model's code raise becomes one line: they meet arbitrary
+    files, so every type of exception is possible."""
     try:
         yield
     except EntroLLMError:
@@ -61,14 +62,16 @@ def find_places(model_dir: Path) -> list[Place]:
     free.append(("cpu", psutil.virtual_memory().available))
     hessians = [4 * width**2 for width in widths]
     largest = max(hessians, default=0)
-    # what is beside the weights: logits, predictions, gradients; a group of Hessians, and a product to be added to one. Half a gigabyte and a fifth are for activations and the like
+    # what else takes memory: logits, predictions, gradients; a group of Hessians, and a product to
+    # be added to one. Half a gigabyte, and a fifth of the weights, are for activations and the like
     beside = 4 * CONTEXT * n_tokens * 4 + max(min(sum(hessians), GROUP_BYTES), largest) + largest + (1 << 29)
     sizes = {"float32": 4, "bfloat16": 2}
     return [Place(device, dtype, n_weights * size * 1.2 + beside, room) for device, room in free for dtype, size in sizes.items()]
 
 
 def checkpoint_shapes(model_dir: Path) -> tuple[int, list[int]]:
-    """Number of weights in the files that transformers loads, and the widths of the matrices; from .bin files an upper bound, and the width of none."""
+    """Number of weights in the files that transformers loads, and the widths of the matrices. For
+    .bin files the number is an upper bound, and no widths are known."""
     from safetensors import safe_open
 
     index = model_dir / "model.safetensors.index.json"
@@ -124,7 +127,8 @@ def torch_threads(n: int | None) -> Iterator[None]:
 
 @contextmanager
 def no_denormals() -> Iterator[None]:
-    """Probabilities and gradients far below 1e-38 count as zero: the CPU takes many times as long for each (2.6 times for the whole run, SmolLM2 on Zen 5)."""
+    """Probabilities and gradients far below 1e-38 count as zero: the CPU takes many times as long
+    for each (2.6 times for the whole run, SmolLM2 on Zen 5)."""
     import torch
 
     torch.set_flush_denormal(True)

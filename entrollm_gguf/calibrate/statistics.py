@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What is known of one matrix W in y = W x when a text runs through the model. Names and row orders are those of the GGUF."""
+"""What is known of each matrix W in y = W x after a text has run through the model. Names and row
+orders are those of the GGUF."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Of one tensor; a stack of matrices (experts) has one entry in each array for each of them."""
+    """Of one tensor. Each array has an entry for each matrix of a stack (experts)."""
 
-    columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2 over the tokens that came to the slab; zeros if none did
+    columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2 over the tokens that reached the slab; zeros if none did
     rows: np.ndarray | None = (
         None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2 over all tokens, L the log-probability of a token; see gather.py
     )
     hessians: tuple[Path | None, ...] | None = None  # f32 (n_cols, n_cols) in .npy, for each slab: mean of x x^T; not all None
 
     def hessian(self, slab: int) -> np.ndarray | None:
-        """mean of x x^T, f32 (n_cols, n_cols), mapped from its file, or None.
+        """The mean of x x^T, f32 (n_cols, n_cols), mapped from its file, or None.
 
-        An expert that no token came to has a diagonal, the mean of the others': how its inputs go together is not known, and its rows still need scales.
+        An expert that no token reached gets a diagonal one, the mean of the others' diagonals: how
+        its inputs go together is not known, but its rows need scales all the same.
         """
         if self.hessians is None:
             return None

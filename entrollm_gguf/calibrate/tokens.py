@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the model reads: sequences of a text, or of its own."""
+"""What the model reads: sequences from a text, or ones that it writes itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def sequence_length(config) -> int:
 
 
 def cut_text(tokenizer, text: str, n_sequences: int, length: int, model_dir: Path) -> np.ndarray:
-    """Sequences from all over the text, i64 (n, length); each begins with the token that the tokenizer puts first, if any."""
+    """Sequences from all over the text, i64 (n, length); each begins with the token that the
+    tokenizer puts first, if any."""
     first = tokenizer("").input_ids[:1]
     ids = tokenizer(text, add_special_tokens=False).input_ids
     n_text = length - len(first)
@@ -31,11 +32,13 @@ def cut_text(tokenizer, text: str, n_sequences: int, length: int, model_dir: Pat
 
 
 def own_text(model, tokenizer, n_sequences: int, length: int, seed: int, model_dir: Path, progress: Progress | None) -> np.ndarray:
-    """Sequences drawn from the model's own predictions, i64 (n, length). Where a document ends, another begins."""
+    """Sequences drawn from the model's own predictions, i64 (n, length). Where a document ends,
+    another begins."""
     import torch
     import transformers
 
-    # the folder's own has penalties, and tokens to stop at: generate() adds them to whatever it is given
+    # the folder's own configuration has penalties and tokens to stop at, which generate() would add
+    # to whatever it is given
     model.generation_config = transformers.GenerationConfig()
     begin = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
     torch.manual_seed(seed)

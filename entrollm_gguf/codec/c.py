@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The C codec as ctypes sees it: the structures of ggml-entropy.h and ggml-entropy-lanes.h, and the library that holds their functions.
+"""The C codec as ctypes sees it: the structures of ggml-entropy.h and ggml-entropy-lanes.h, and the
+library that holds their functions.
 
-`entrollm_gguf.codec` is the only user. A mirror's layout is held against docs/format.md by tests/unit/test_codec_binding.py.
+`entrollm_gguf.codec` is the only user. A mirror's layout is held against docs/format.md by
+tests/unit/test_codec_binding.py.
 """
 
 from __future__ import annotations
@@ -196,10 +198,12 @@ _FUNCTIONS = {
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The library that holds the codec. ENTROLLM_CODEC_LIBRARY names another one (sanitizer builds).
+    """The library that holds the codec. ENTROLLM_CODEC_LIBRARY names another one (sanitizer
+    builds).
 
     Raises:
-        RuntimeMissingError: no patched runtime is installed, or one of another version of this package.
+        RuntimeMissingError: no patched runtime is installed, or one of another version of this
+            package.
     """
     path = os.environ.get("ENTROLLM_CODEC_LIBRARY")
     if not path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The device layout (docs/format.md 8), as far as files are concerned: its size."""
+"""The device layout (docs/format.md 8), as far as a file has to know it: its size."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def measure_lanes(kind: EntropyType, codes: np.ndarray, plan: c.LanesPlan, tile_
 
 
 def plan_device_layout(stack: np.ndarray, specs: list[c.Spec], tile_cols: int | None, n_threads: int) -> None:
-    """Fill in tile_cols and device_size of all slabs: the widest tiles that keep each lane within 255 words, and the longest slab.
+    """Fill in tile_cols and device_size of all slabs: the widest tiles that keep each lane within
+    255 words, and the longest slab.
 
     Raises:
         CodecError: tile_cols is impossible.
@@ -73,7 +74,7 @@ def plan_device_layout(stack: np.ndarray, specs: list[c.Spec], tile_cols: int | 
         lanes = [measure_lanes(kind, codes, plan, width, n_threads) for codes, plan in zip(stack, plans)]
         if max(one.longest for one in lanes) <= MAX_LANE_WORDS:
             break
-        # 512 codes of at most 15 bits are 240 words: this ends
+        # 512 codes of at most 15 bits are 240 words, so this ends
         width = max(MIN_COLS, width // 2 // MIN_COLS * MIN_COLS)
     for spec in specs:
         spec.tile_cols = width

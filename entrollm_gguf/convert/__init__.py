@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Conversion of Hugging Face models to entropy-coded GGUF files. `convert_model` is the Python API; `entrollm convert` the command."""
+"""Conversion of Hugging Face models to entropy-coded GGUF files. `convert_model` is the Python API;
+`entrollm convert` the command."""
 
 from entrollm_gguf.convert.pipeline import ConversionReport, convert_model
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE, RECIPES, Recipe

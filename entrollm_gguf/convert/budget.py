@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""How much a file may take: one number from which the steps of all matrices follow, such that the whole comes out just below a target.
+"""How much a file may take: one number from which the steps of all matrices follow, such that the
+whole comes out just below a target.
 
-Without statistics every row has the same step in units of its own root mean square, so that all have the same relative error. With them rows and tensors differ by how much the predictions hang on them (`sensitivity`).
-Sizes come from profiles (`quant.profile`), that is from histograms: no matrix is quantized to find the step.
+Without statistics, every row has the same step in units of its own root mean square, so that all
+have the same relative error. With statistics, rows and tensors differ by how much the predictions
+depend on them (`sensitivity`). Sizes come from profiles (`quant.profile`), which are histograms: no
+matrix is quantized to find the step.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from entrollm_gguf.quant.step import row_rms
 # Steps beyond have no use: at 0.02 an 8-bit code covers 2.5 rms, at 6 nearly all codes are zero.
 FINEST, _COARSEST = 0.02, 6.0
 
-# How far sensitivity is believed, by measurement (docs/quantization.md): between the rows of a tensor wholly, between tensors by half.
+# How far sensitivity is trusted, as measured (docs/quantization.md): fully between the rows of a
+# tensor, by half between tensors.
 _BETWEEN_ROWS, _BETWEEN_TENSORS = 1.0, 0.5
-_LOOKS = 8  # at sizes with planned codes, until a step is found
+_LOOKS = 8  # sizes from planned codes that are looked at, at most, before a step is chosen
 
 _LARGEST = 8.0  # factors of rows and tensors lie within 1 / _LARGEST .. _LARGEST
 
@@ -41,12 +45,14 @@ class Sensitivity:
 
 
 def sensitivity(name: str, weights: np.ndarray, statistics: TensorStatistics | None, folding: Folding) -> Sensitivity | None:
-    """From the gradients by the outputs and the mean squares of the inputs: what a relative error of each row costs.
+    """From the gradients by the outputs and the mean squares of the inputs: what a relative error
+    of each row costs.
 
-    A step s costs rows * columns * s^2 / 12 for each weight, and log2(1 / s) bits: where each bit does most good, all these costs are the same, so s ~ (rows * columns)^-1/2.
+    A step s costs rows * columns * s^2 / 12 for each weight, and log2(1 / s) bits: bits are spent
+    best where all these costs are the same, so s ~ (rows * columns)^-1/2.
 
     Args:
-        weights: as quantized, that is folded.
+        weights: as they are quantized, that is, folded.
         statistics: of the tensor before folding.
     Returns:
         None where there are no gradients.
@@ -63,8 +69,8 @@ def sensitivity(name: str, weights: np.ndarray, statistics: TensorStatistics | N
     mean = cost.mean()
     if not (mean > 0 and math.isfinite(mean)):
         return None
-    cost = np.where(cost.any(axis=1, keepdims=True), cost, mean)  # an expert that no token came to is like the others
-    if name.startswith(("token_embd.", "output.")):  # words that a text does not mention must not lose
+    cost = np.where(cost.any(axis=1, keepdims=True), cost, mean)  # an expert that no token reached counts like the others
+    if name.startswith(("token_embd.", "output.")):  # tokens that the text lacks must not lose precision
         factors = np.ones(rows.shape)
     else:
         factors = np.clip((np.maximum(cost, mean * 1e-9) / mean) ** (-0.5 * _BETWEEN_ROWS), 1 / _LARGEST, _LARGEST)
@@ -97,7 +103,8 @@ class Survey:
         return sum(one.n_bytes for one in self.kept.values())
 
     def factor(self, name: str) -> float:
-        """What the model's step is multiplied by for a tensor. On average, in logarithms and by weights, it is about 1."""
+        """What the model's step is multiplied by for a tensor. On average, in logarithms and by
+        weights, it is about 1."""
         if name not in self.sensitivities:
             # an error in a value counts once for each head that shares it
             shared = self.heads is not None and name.endswith(".attn_v.weight")
@@ -119,11 +126,12 @@ class Survey:
         return self.kept_bytes + self.coded_bytes(step)
 
     def least_bytes(self, step: float) -> int:
-        """Expected bytes of the entropy-coded tensors if codes took no more than their entropy, which is quicker to tell."""
+        """Expected bytes of the entropy-coded tensors if codes took no more than their entropy,
+        which is quicker to compute."""
         return sum(one.least_bytes(step * self.factor(name)) for name, one in self.profiles.items())
 
     def entropy_bits(self, step: float) -> float:
-        """Expected entropy of all codes, without what stands beside them in the file."""
+        """Expected entropy of all codes, without what else the file holds."""
         return sum(one.entropy_bits(step * self.factor(name)) for name, one in self.profiles.items())
 
 
@@ -134,7 +142,7 @@ class Target:
     coded_bytes: int  # that the entropy-coded tensors may take
     kept_bytes: int  # that all others take, as far as the survey knows
     coarsest: float = _COARSEST  # the largest step
-    promised: bool = True  # by --bits or --size: less is fine and more an error. A recipe comes as near as it can
+    promised: bool = True  # given by --bits or --size: less is fine, more is an error. A recipe comes as near as it can
 
     @property
     def n_bytes(self) -> int:
@@ -148,8 +156,9 @@ def find_target(survey: Survey, *, bits: float | None = None, size: int | None =
     Args:
         bits: per weight of all tensors.
         size: bytes of the whole file.
-        rate: bits per entropy-coded weight, of a recipe. What is not coded takes nothing from it. Small matrices, whose headers and scales
-            weigh much, are not made to pay for them with more than a bit per weight.
+        rate: bits per entropy-coded weight, of a recipe. What is not coded takes nothing from it.
+            Small matrices, whose headers and scales weigh much, are not made to pay for them with
+            more than a bit per weight.
     Raises:
         ConversionError: bits or size are less than the coarsest step gives.
     """
@@ -173,8 +182,9 @@ def step_for(survey: Survey, target: Target) -> float:
         return FINEST
     if survey.coded_bytes(target.coarsest) > target.coded_bytes:
         return target.coarsest
-    # entropies lead to the neighbourhood; what codes take above them there is the same nearby, and leads closer
-    least = functools.cache(survey.least_bytes)  # searches begin alike
+    # entropies lead to the neighbourhood; how much more the codes take hardly changes there, which
+    # leads closer
+    least = functools.cache(survey.least_bytes)  # every search begins with the same steps
     best, over = target.coarsest, 1.0
     for _ in range(_LOOKS):
         step = min(_finest_step(least, target.coded_bytes / over), target.coarsest)
@@ -188,7 +198,8 @@ def step_for(survey: Survey, target: Target) -> float:
 
 
 def _finest_step(cost: Callable[[float], float], limit: float) -> float:
-    """The finest step, to a tenth of a percent, at which a cost that falls with the step is at most limit; the coarsest of all if none is."""
+    """The finest step, to a tenth of a percent, at which a cost that falls with the step is at most
+    limit; the coarsest of all if none is."""
     fine, coarse = FINEST, _COARSEST
     while coarse / fine > 1.001:
         middle = math.sqrt(fine * coarse)
@@ -200,15 +211,18 @@ def _finest_step(cost: Callable[[float], float], limit: float) -> float:
 
 
 def corrected(tried: list[tuple[float, int]], target: Target, survey: Survey) -> float:
-    """The next step after conversions with some steps gave some sizes in bytes: between two that lie on both sides of the target, else from the last, for which a bit per weight is a factor of two.
+    """The step to try next, after conversions with some steps gave some sizes in bytes. It lies
+    between two steps whose sizes enclose the target; without such a pair it follows from the last
+    one, by the rule that a bit per weight is a factor of two.
 
-    As long as all are above, it aims lower each time: sizes of small matrices move in steps.
+    As long as all sizes are above the target, it aims lower each time: sizes of small matrices move
+    in steps.
     """
     below = [one for one in tried if one[1] <= target.n_bytes]
     wanted = target.n_bytes - (0.003 if below else 0.003 * 2 ** (len(tried) - 1)) * target.coded_bytes
     above, below = [one for one in tried if one[1] > wanted], [one for one in tried if one[1] <= wanted]
     if above and below:
-        # of equal sizes, which small matrices have, those nearest to each other
+        # small matrices have equal sizes for several steps: then those nearest to each other
         (fine, large), (coarse, small) = min(above, key=lambda one: (one[1], -one[0])), max(below, key=lambda one: (one[1], -one[0]))
         step = fine * (coarse / fine) ** ((large - wanted) / (large - small))
     else:

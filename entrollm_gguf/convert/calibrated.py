@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Statistics by the checkpoint's names become statistics by GGUF names, whatever the converter class does with names, rows and stacks."""
+"""From statistics by the checkpoint's names to statistics by GGUF names, whatever the converter
+class does with names, rows and stacks."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from entrollm_gguf.errors import ConversionError
 
 
 def to_gguf(gathered: Gathered, source: SourceModel) -> Statistics:
-    """The converter class rearranges stand-ins for the weights: each row filled with the row's value, then each column, then all with the number of their Hessian.
+    """Statistics by GGUF names. The converter class rearranges stand-ins for the weights: first
+    each row is filled with the row's value, then each column, and then the whole matrix with the
+    number of its Hessian.
 
     Args:
         source: the folder that the statistics are of.
@@ -53,7 +56,8 @@ def to_gguf(gathered: Gathered, source: SourceModel) -> Statistics:
 
 
 def _hessians(columns: np.ndarray, numbers: np.ndarray | None, paths: list[Path]) -> tuple[Path | None, ...] | None:
-    """A file for each slab, None for one without; None for all where no slab has one, or where columns were rearranged so that they no longer fit.
+    """A file for each slab, None for one without; None for all where no slab has one, or where
+    columns were rearranged so that they no longer fit.
 
     Args:
         columns: f32 (n_slabs, n_cols), in the GGUF's order.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the files of a model folder must be before anything is converted: there, whole, and one save of the weights.
+"""Checks before anything is converted: the files of a model folder are there, are whole, and hold
+one save of the weights.
 
-Only files that will be read are looked at. Which ones these are follows llama.cpp's converter: the files that model.safetensors.index.json names, else all
-model*.safetensors, else the same of pytorch_model*.bin.
+Only files that will be read are looked at. Which ones these are follows llama.cpp's converter: the
+files that model.safetensors.index.json names, else all model*.safetensors, else the same of
+pytorch_model*.bin.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PART_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _SAVES = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
-# Files that tokenizers are read from. Which of them a model needs is known to its converter class alone.
+# Files that tokenizers are read from. Only its converter class knows which of them a model needs.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tekken.json", "chat_template.json",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "merges.txt", "vocab.txt", "chat_template.jinja",
@@ -28,10 +30,11 @@ _TOKENIZER_FILES = (
 
 
 def check_checkpoint(folder: Path) -> None:
-    """See that a Hugging Face model folder is complete. Weights are not read.
+    """Check that a Hugging Face model folder is complete. Weights are not read.
 
     Raises:
-        ConversionError: naming the file that is missing or damaged, or two files that hold the same tensor.
+        ConversionError: naming the file that is missing or damaged, or two files that hold the same
+            tensor.
     """
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder; name the folder of a Hugging Face model")
@@ -83,7 +86,8 @@ def refuse_pointer(path: Path) -> None:
 
 
 def damaged_tokenizer_file(folder: Path) -> str | None:
-    """What is wrong with the first JSON file of the tokenizer that is damaged; None if all are whole."""
+    """What is wrong with the first JSON file of the tokenizer that is damaged; None if all are
+    whole."""
     for name in _TOKENIZER_FILES:
         path = folder / name
         if path.suffix == ".json" and path.is_file():
@@ -115,7 +119,8 @@ def n_tokens(folder: Path) -> int | None:
 
 
 def _weight_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
-    """Tensor names with the file that the index gives for each, empty without an index; and the files.
+    """Tensor names with the file that the index gives for each, empty without an index; and the
+    files.
 
     Raises:
         ConversionError: no weights, a missing part, or two saves.

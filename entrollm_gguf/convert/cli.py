@@ -112,8 +112,10 @@ def convert(
 ) -> None:
     """Convert a Hugging Face model or a GGUF to an entropy-coded GGUF.
 
-    MODEL is a model folder as downloaded from the Hugging Face hub (config.json, tokenizer, safetensors), or a GGUF file: best in F16, BF16 or F32; what
-    was quantized before is coded with what it lost. OUT_FILE appears only when it is complete. The patched llama.cpp runs it (entrollm runtime build); entrollm decode turns it into a file for the stock one.
+    MODEL is a model folder as downloaded from the Hugging Face hub (config.json, tokenizer,
+    safetensors), or a GGUF file: best in F16, BF16 or F32, since weights that were quantized before
+    keep their loss. OUT_FILE appears only when it is complete. The patched llama.cpp runs it
+    (entrollm runtime build); entrollm decode turns it into a file for the stock one.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
     if not verbose:  # llama.cpp's classes set levels of their own
@@ -228,7 +230,8 @@ def _per_weight(bits: float, tensors: list) -> float | None:
 
 
 def _not_coded(tensors: Sequence[TensorRecord]) -> str:
-    """What becomes of the weights that llama.cpp would quantize and an entropy-coded type cannot hold; empty if there are none."""
+    """What becomes of the weights that llama.cpp would quantize and an entropy-coded type cannot
+    hold; empty if there are none."""
     kept = [t for t in tensors if t.kept is not None]
     if not kept:
         return ""

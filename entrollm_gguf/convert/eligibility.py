@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Which tensors stay in a stock type, and why. What llama.cpp's converter would leave in F32 never comes here."""
+"""Which tensors stay in a stock type, and why. What llama.cpp's converter would leave in F32 never
+comes here."""
 
 from __future__ import annotations
 
 import math
 
-# Matrices that llama-quantize leaves alone (tensor_allows_quantization in src/llama-quant.cpp), by a part of their name. The converter
-# classes keep most of them in F32 already; these are the ones they would write as F16 or BF16.
+# Matrices that llama-quantize leaves alone (tensor_allows_quantization in src/llama-quant.cpp), by
+# a part of their name. The converter classes keep most of them in F32 already; these are the ones
+# they would write as F16 or BF16.
 _NOT_QUANTIZED = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -26,7 +28,8 @@ _NOT_QUANTIZED = (
     "code_embd",
 )
 
-# Weights that llama.cpp views, reshapes or reads row by row from disk, which needs a stock layout even where they are matrices.
+# Weights that llama.cpp views, reshapes or reads row by row from disk. That needs a stock layout,
+# even for matrices.
 _VIEWED = {
     "attn_k_b.weight": "viewed by multi-head latent attention",
     "attn_v_b.weight": "viewed by multi-head latent attention",
@@ -34,7 +37,7 @@ _VIEWED = {
     "per_layer_token_embd": "read row by row from disk",
 }
 
-# The same where blocks of quantized weights do not do either.
+# The same, where blocks of quantized weights would not work either.
 _VIEWED_AS_FLOATS = {
     "ple_conv1d": "viewed as a convolution",
     "hc_": "reshaped at load",
@@ -65,7 +68,8 @@ def reason_to_keep(name: str, shape: tuple[int, ...]) -> str | None:
 
 
 def can_be_q8_0(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor that is not entropy-coded can be quantized all the same, as llama-quantize does.
+    """Whether a tensor that is not entropy-coded can be quantized all the same, as llama-quantize
+    does.
 
     Args:
         name, shape: as for `reason_to_keep`.

@@ -23,7 +23,7 @@ class TensorRecord:
     scheme: str  # as the file's metadata tells it: the grid that was chosen, or why there is none
     entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
     coded_bits: int | None = None  # of the codes alone
-    coarse_rows: int = 0  # rows too small for an f16 scale, whose weights are all but lost
+    coarse_rows: int = 0  # rows that are too small for an f16 scale, so that their weights are all but lost
     scale_error: float | None = None  # of a checkpoint's own codes: the largest relative rounding of their scales
     kept: str | None = None  # why a matrix that llama.cpp would quantize stays in a stock type
 
@@ -62,7 +62,8 @@ def encode_tensor(
         payload (uint8) and its record.
     Raises:
         ConversionError: NaN or infinite weights, or a payload that does not decode to its codes.
-        Unquantizable: finite weights that no f16 scale serves, or that the stock type they would decode to does not hold.
+        Unquantizable: finite weights that no f16 scale serves, or that do not fit the stock type to
+            which they would decode.
     """
     try:
         quantized = quantizer(weights, kind, threads)

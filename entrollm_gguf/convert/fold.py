@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Column equalisation: a matrix's columns are multiplied by what its inputs are divided by, and the division is folded into the rows or the norm that makes these inputs.
+"""Column equalisation: a matrix's columns are multiplied by what its inputs are divided by, and the
+division is folded into the rows or the norm that makes these inputs.
 
-Columns whose inputs are large then have a finer step, at no cost at run time and without a change of the format. The model computes the same function; whether it does is a matter of its architecture, so that
-only those are folded that are listed here, and only where all tensors that read an input are known.
+Columns whose inputs are large then have a finer step, at no cost at run time and without a change
+of the format. The model computes the same function, if its architecture allows it. So only the
+architectures listed here are folded, and only where all tensors that read an input are known.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import numpy as np
 
 from entrollm_gguf.calibrate.statistics import Statistics
 
-#: Columns are multiplied by (mean of x^2)^EXPONENT. At high rates 1/2 would be best if each column had a code of its own; they share one. By measurement: docs/quantization.md.
+#: Columns are multiplied by (mean of x^2)^EXPONENT. At high rates 1/2 would be best if each column
+#: had a code of its own, but they share one. The value is measured: docs/quantization.md.
 EXPONENT = 0.3
 _LARGEST = 64.0  # factors lie within 1 / _LARGEST .. _LARGEST
 
-# Architectures (general.architecture) in which each norm feeds only the matrices named below, the product of gate and up is what `down` reads, and the sum of values is what `output` reads.
+# Architectures (general.architecture) in which each norm feeds only the matrices named below, the
+# product of gate and up is what `down` reads, and the sum of values is what `output` reads.
 _GATED = frozenset(
     [
         "llama",
@@ -40,8 +44,9 @@ _GATED = frozenset(
     ]
 )
 
-# (what divides: norm, matrices that read it). Routers and shared gates of experts read the same norm. The last norm stays as it is, even where a matrix of its own reads it: what it makes is also what
-# programs take as the embedding of a text.
+# (what divides: norm, matrices that read it). Routers and shared gates of experts read the same
+# norm. The last norm stays as it is, even where a matrix of its own reads it: programs also take
+# its output as the embedding of a text.
 NORMS = (
     ("attn_norm", ("attn_q", "attn_k", "attn_v", "attn_qkv")),
     (
@@ -103,7 +108,7 @@ def plan_folding(
         shapes: of all tensors of the GGUF, numpy order.
         heads: query and key-value heads of every layer, None if they differ.
         exponent: see EXPONENT; 0 folds nothing.
-        untouchable: tensors that are no floats; what they read or make is left alone.
+        untouchable: tensors whose weights are not floats; what they read or make is left alone.
     """
     folding = Folding(untouchable=untouchable)
     if architecture not in _GATED or exponent == 0:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A GGUF as what is converted: its matrices are coded anew, its metadata and vocabulary stay as they are.
+"""A GGUF as the source of a conversion: its matrices are coded anew, its metadata and vocabulary
+stay as they are.
 
-Tensors come as `SourceModel` hands them over, so that a file of llama.cpp's converter gives the tensors that its folder gives. What was quantized
-before is dequantized: what that lost stays lost, and the new grid adds to it.
+Tensors come as `SourceModel` hands them over, so that a file of llama.cpp's converter gives the
+tensors that its folder gives. Weights that were quantized before are dequantized: what they lost
+stays lost, and the new grid adds to it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import TensorEntry, open_model
 
 _FLOATS = ("F32", "F16", "BF16")
-_ALMOST_EXACT = (*_FLOATS, "Q8_0")  # of all others the user is warned
+_ALMOST_EXACT = (*_FLOATS, "Q8_0")  # for all other types the user is warned
 _NOT_WEIGHTS = ("F64", "I8", "I16", "I32", "I64")
 
 
@@ -43,7 +45,7 @@ class _Dequantized:
         gguf = import_gguf()
         entry = self._entry
         if entry.type_name in ("F16", "F32"):
-            data = np.array(entry.data)  # the file stays open; who takes the weights may write into them
+            data = np.array(entry.data)  # a copy: the file stays open, and the caller may write into the weights
         else:
             try:
                 data = gguf.quants.dequantize(entry.data, gguf.GGMLQuantizationType[entry.type_name])
@@ -86,7 +88,8 @@ class GgufSource:
 
     @property
     def integers(self) -> Integers | None:
-        """None: integers in GGUF have a scale for each block of 32 or 256 weights, which cannot be kept."""
+        """None: integers in GGUF have a scale for each block of 32 or 256 weights, which cannot be
+        kept."""
         return None
 
     def n_elements(self) -> int:
@@ -97,19 +100,21 @@ class GgufSource:
         """Call handle(name, data, type) for every tensor: as `SourceModel.each_tensor`.
 
         Raises:
-            ConversionError: a type that cannot be dequantized; whatever `handle` raises passes through.
+            ConversionError: a type that cannot be dequantized; whatever `handle` raises passes
+                through.
         """
         types = self._gguf.GGMLQuantizationType
         for entry in self._entries:
             if self._is_matrix(entry):
                 handle(entry.name, _Dequantized(self.path, entry), types.BF16)
             else:
-                # BF16 is bytes to gguf; small tensors of that type are widened by nobody
+                # gguf hands out BF16 as bytes, and nobody else widens small tensors of that type
                 data = entry.data if entry.type_name not in ("F16", "F32") else entry.data.reshape(entry.shape)
                 handle(entry.name, data, types[entry.type_name])
 
     def _is_matrix(self, entry: TensorEntry) -> bool:
-        """Whether llama.cpp would quantize the tensor: what its converter leaves in F32 beside other types is left alone."""
+        """Whether llama.cpp would quantize the tensor. What its converter leaves in F32 beside
+        other types is left alone."""
         if reason_to_keep(entry.name, entry.shape) is not None:
             # in 16 bits, as it comes from the converter: a stock type is found for it
             return entry.type_name in ("F16", "BF16") and len(entry.shape) > 1
@@ -138,7 +143,8 @@ class GgufSource:
         )
 
     def heads(self) -> tuple[int, int] | None:
-        """Query heads and key-value heads of every layer, or None if they are not the same in all or not told."""
+        """Query heads and key-value heads of every layer, or None if they are not the same in all
+        or not told."""
         n, n_kv = (self._one_number(f"{self.architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
         n_kv = n if n_kv is None else n_kv
         return (n, n_kv) if n and n_kv and n % n_kv == 0 else None
@@ -149,7 +155,7 @@ class GgufSource:
         return values.pop() if len(values) == 1 and all(isinstance(one, int) for one in values) else None
 
     def rehearse(self) -> None:
-        """See whether llama.cpp loads the file.
+        """Check whether llama.cpp loads the file.
 
         Raises:
             ConversionError: it does not.
@@ -160,7 +166,8 @@ class GgufSource:
         self._warn_of_losses()
 
     def write_file(self, path: Path, outputs: Iterable[Output], metadata: dict[str, Any], file_type: int) -> None:
-        """The file's own metadata and vocabulary, further keys and tensors: as `SourceModel.write_file`."""
+        """The file's own metadata and vocabulary, further keys and tensors: as
+        `SourceModel.write_file`."""
         writer = self._gguf.GGUFWriter(path, self.architecture)
         for one in outputs:
             writer.add_tensor(one.name, one.tensor, raw_shape=one.raw_shape, raw_dtype=one.ggml_type)
@@ -174,7 +181,8 @@ class GgufSource:
 
 @contextlib.contextmanager
 def huggingface_folder(path: Path, sample: str | None) -> Iterator[Path]:
-    """The model of a GGUF as a folder, for as long as the context lasts: by transformers, whose own reading of GGUF it is.
+    """The model of a GGUF as a Hugging Face folder, for as long as the context lasts. transformers
+    reads the GGUF by its own means.
 
     Args:
         path: the file.
@@ -194,7 +202,7 @@ def huggingface_folder(path: Path, sample: str | None) -> Iterator[Path]:
             transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # its reader of GGUF is young: nearly anything
+        except Exception as error:  # its reader of GGUF is young and raises nearly anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConversionError(f"{path}: transformers cannot load it for calibration ({reason}); {instead}") from error
         if sample is not None and tokenizer.encode(sample, add_special_tokens=False) != _llama_cpp_tokens(path, sample):

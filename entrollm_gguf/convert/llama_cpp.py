@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Driver of llama.cpp's own converter classes: which class, its tensors one by one, its metadata. Nothing of theirs is rewritten.
+"""Driver of llama.cpp's own converter classes: which class, its tensors one by one, its metadata.
+Nothing of theirs is rewritten.
 
-The classes call `gguf_writer.add_tensor(name, data, raw_dtype)` for each tensor under its GGUF name. `each_tensor` stands in for that call. Types
-are decided upstream: with the file type BF16, whatever comes as BF16 is what llama.cpp would quantize, all else stays as it is.
+The classes call `gguf_writer.add_tensor(name, data,
+raw_dtype)` for each tensor under its GGUF name. `each_tensor` stands in for that call. Types are
+decided upstream: with the file type BF16, whatever arrives as BF16 is what llama.cpp would
+quantize; all else stays as it is.
 """
 
 from __future__ import annotations
@@ -70,10 +73,12 @@ class Output:
 
 
 class SourceModel:
-    """A Hugging Face model folder, opened by the converter class of its architecture. All can be asked for any number of times.
+    """A Hugging Face model folder, opened by the converter class of its architecture. Everything
+    can be asked for any number of times.
 
     Args:
-        folder: holds config.json, the tokenizer and safetensors (or pytorch .bin) files, as `check_checkpoint` wants them.
+        folder: holds config.json, the tokenizer and safetensors (or pytorch .bin) files, as
+            `check_checkpoint` wants them.
     Raises:
         ConversionError: files that the converter class does not take.
         UnsupportedModelError: llama.cpp's converter does not know the architecture.
@@ -95,9 +100,10 @@ class SourceModel:
                     f"{folder}: architecture {architecture} is not known to llama.cpp's converter; "
                     "its list: entrollm convert --list-architectures"
                 ) from error
-            # BF16 here marks the tensors that upstream would quantize; each_tensor hands them over unrounded. The file is named when it is written
+            # BF16 marks the tensors that upstream would quantize; each_tensor hands them over
+            # unrounded. The file is named when it is written
             self._open = functools.partial(model_class, folder, self._gguf.LlamaFileType.MOSTLY_BF16, folder / "unnamed.gguf")
-            self._model = self._open()  # for questions; what goes through the tensors uses one up
+            self._model = self._open()  # answers questions; going through the tensors uses up an instance of its own
 
     def n_elements(self) -> int:
         """Weights in the model's files, for progress."""
@@ -106,12 +112,14 @@ class SourceModel:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """That an output could take the place of by mistake: none, since no file of a folder is a GGUF."""
+        """Files that an output could replace by mistake: none, since no file of a folder is a
+        GGUF."""
         return ()
 
     @property
     def integers(self) -> Integers | None:
-        """Whether the weights are integers already: int8 and int4 of compressed-tensors and GPTQ."""
+        """Whether the weights are integers already: int8 and int4 of compressed-tensors and
+        GPTQ."""
         config = self._model.hparams.get("quantization_config") or {}
         method = config.get("quant_method")
         if method == "gptq":
@@ -124,14 +132,15 @@ class SourceModel:
         return None
 
     def names(self) -> set[str]:
-        """Of the weights, as the checkpoint has them."""
+        """Names of the weights, as the checkpoint has them."""
         return set(self._model.model_tensors)
 
     def each_tensor(self, handle: Callable[[str, Any, int | None], None]) -> None:
         """Call handle(name, data, type) for every tensor under its GGUF name.
 
-        data is an f16 or f32 array, lazily evaluated or not (`evaluate`), where type is BF16, meaning: to be quantized. It is not rounded: f16 and
-        f32 checkpoints keep their precision. Otherwise data is in its final type already.
+        data is an f16 or f32 array, lazily evaluated or not (`evaluate`), where type is BF16,
+        meaning: to be quantized. It is not rounded: f16 and f32 checkpoints keep their precision.
+        Otherwise data is in its final type already.
 
         Raises:
             ConversionError: damaged files; whatever `handle` raises passes through.
@@ -190,10 +199,12 @@ class SourceModel:
         return Outline(shapes, frozenset(quantized))
 
     def rearranged(self, values: dict[str, np.ndarray], handle: Callable[[str, np.ndarray], None]) -> None:
-        """What the converter class does to the order of rows and columns, applied to numbers that stand in for the weights.
+        """What the converter class does to the order of rows and columns, applied to numbers that
+        stand in for the weights.
 
         Args:
-            values: by the checkpoint's name, f32 that broadcasts to the weight's shape. All else is NaN.
+            values: by the checkpoint's name, f32 that broadcasts to the weight's shape. All else is
+                NaN.
             handle: called with the GGUF name and an f32 array of the tensor's shape.
         Raises:
             ConversionError: as each_tensor.
@@ -224,14 +235,16 @@ class SourceModel:
         return self._gguf.MODEL_ARCH_NAMES[self._model.model_arch]
 
     def heads(self) -> tuple[int, int] | None:
-        """Query heads and key-value heads of every layer, or None if they are not the same in all or not told."""
+        """Query heads and key-value heads of every layer, or None if they are not the same in all
+        or not told."""
         hparams = self._model.hparams
         n = hparams.get("num_attention_heads")
         n_kv = hparams.get("num_key_value_heads", n)
         return (n, n_kv) if isinstance(n, int) and isinstance(n_kv, int) and n_kv > 0 and n % n_kv == 0 else None
 
     def rehearse(self) -> None:
-        """See whether llama.cpp would load the file, before any weight is read: metadata, vocabulary, and all tensors that it asks for with their shapes.
+        """Check whether llama.cpp would load the file, before any weight is read: metadata,
+        vocabulary, and all tensors that it asks for, with their shapes.
 
         Raises:
             ConversionError: llama.cpp would not load it, naming what is missing or does not fit.
@@ -253,7 +266,7 @@ class SourceModel:
             try:
                 self._write(model, path, outputs, {}, self._gguf.LlamaFileType.MOSTLY_BF16)
             except OSError:
-                reason = None  # a file system without room for it tells nothing of the model
+                reason = None  # a file system without room for it says nothing about the model
             else:
                 reason = why_not_loaded(path)
         header = model.gguf_writer.kv_data[0]
@@ -269,7 +282,8 @@ class SourceModel:
             metadata: further keys; str, int, or list of str.
             file_type: general.file_type.
         Raises:
-            ConversionError: no metadata or vocabulary can be made of the folder, if `rehearse` did not see it.
+            ConversionError: no metadata or vocabulary can be made of the folder, if `rehearse` did
+                not see it.
         """
         self._write(self._reopened(), path, outputs, metadata, file_type)
 
@@ -285,7 +299,7 @@ class SourceModel:
             values.pop("general.file_type", None)  # the converter class wrote its own; the writer warns of a second one
         add_keys(writer, metadata, file_type)
         writer.write_header_to_file(path=path)
-        with one_line_errors(self.folder, model.hparams):  # a number where config.json has a word shows here
+        with one_line_errors(self.folder, model.hparams):  # fails where config.json has a number in place of a word
             writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=False)
         writer.close()
@@ -303,7 +317,7 @@ class SourceModel:
 
 
 def _skip(n_bytes: int, file: BinaryIO) -> None:
-    """Write zeros that take no room on the disk."""
+    """Write zeros that take no room on disk."""
     if n_bytes:
         file.seek(n_bytes - 1, os.SEEK_CUR)
         file.write(b"\0")

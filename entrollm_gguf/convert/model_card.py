@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The model card (README.md) and generation_config.json lend a file its name, license, sampling parameters and the like. No model needs them: what is of no use is left out, with a warning."""
+"""The model card (README.md) and generation_config.json give a file its name, license, sampling
+parameters and the like. No model needs these: what cannot be used is left out, with a warning."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _LOADERS = {"load_model_card": "README.md", "load_generation_config": "generatio
 
 @contextlib.contextmanager
 def tolerant_metadata(folder: Path) -> Iterator[None]:
-    """While the converter class of the model in `folder` writes metadata, these files raise no errors, and their entries get the types that GGUF asks for."""
+    """While the converter class of the model in `folder` writes metadata, these files raise no
+    errors, and their entries get the types that GGUF asks for."""
     metadata = import_gguf().Metadata
     load, loaders = metadata.load, {name: getattr(metadata, name) for name in _LOADERS}
 
@@ -41,7 +43,7 @@ def tolerant_metadata(folder: Path) -> Iterator[None]:
     def load_all(*arguments: Any) -> Any:
         try:
             found = load(*arguments)
-        except Exception as error:  # it takes for granted what people write in their model cards
+        except Exception as error:  # it takes much for granted of what people write in model cards
             warn(folder / "README.md", f"entries of an unexpected kind ({error})")
             metadata.load_model_card = staticmethod(lambda _: {})
             found = load(*arguments)
@@ -60,7 +62,8 @@ def tolerant_metadata(folder: Path) -> Iterator[None]:
 
 
 def _make_typed(metadata: Any) -> list[str]:
-    """Give every field of gguf.Metadata its declared type, or None where that is impossible; returns the names of the latter."""
+    """Give every field of gguf.Metadata its declared type, or None where that is impossible;
+    returns the names of the latter."""
     casts = {
         "Optional[str]": _text,
         "Optional[int]": _integer,
@@ -84,7 +87,8 @@ def _text(value: Any) -> str:
     if isinstance(value, list):  # several licenses
         return ",".join(_texts(value))
     if isinstance(value, bool):
-        return "yes" if value else "no"  # what YAML reads as a truth value, the language for instance, was written so
+        # YAML reads some words as truth values, such as the language code no: back to the word
+        return "yes" if value else "no"
     if not isinstance(value, (str, int, float, datetime.date)):
         raise TypeError
     return str(value).encode("utf-8", "replace").decode()

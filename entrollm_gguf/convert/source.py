@@ -16,7 +16,7 @@ Source = SourceModel | GgufSource
 
 
 def check_source(path: Path) -> None:
-    """See that a model is complete, as far as that is told without opening it.
+    """Check that a model is complete, as far as that can be told without opening it.
 
     Raises:
         ConversionError: it is missing, or files of the folder are missing or damaged.
@@ -33,7 +33,7 @@ def open_source(path: Path) -> Source:
     Args:
         path: a folder or a .gguf file.
     Raises:
-        ConversionError, FormatError, UnsupportedModelError: as the classes.
+        ConversionError, FormatError, UnsupportedModelError: see `SourceModel` and `GgufSource`.
     """
     return GgufSource(path) if path.is_file() else SourceModel(path)
 

@@ -47,10 +47,11 @@ class Decision:
 
 
 def decide(name: str, data: Any, raw_dtype: int | None) -> Decision:
-    """The one place where it is decided.
+    """Decide what becomes of a tensor; nothing else does.
 
     Args:
-        data, raw_dtype: as the source hands them over (`SourceModel.each_tensor`); no weights are read.
+        data, raw_dtype: as the source hands them over (`SourceModel.each_tensor`); no weights are
+            read.
     """
     gguf = import_gguf()
     if isinstance(data, gguf.LazyChunkedTensor):
@@ -64,7 +65,8 @@ def decide(name: str, data: Any, raw_dtype: int | None) -> Decision:
 def code_tensor(
     name: str, weights: np.ndarray, treatment: Treatment, folding: Folding, threads: int, tile_cols: int | None
 ) -> tuple[np.ndarray, TensorRecord, int]:
-    """Final bytes, record and ggml type of a tensor that is to be entropy-coded; in a stock type where its weights do not allow it.
+    """Final bytes, record and ggml type of a tensor that is to be entropy-coded; in a stock type
+    where its weights do not allow it.
 
     Args:
         weights: f16 or f32.
@@ -83,7 +85,7 @@ def code_tensor(
 def leave_tensor(
     name: str, data: np.ndarray, raw_dtype: int | None, decision: Decision, folding: Folding, threads: int
 ) -> tuple[np.ndarray, TensorRecord, int]:
-    """The same of one that is kept or as it is.
+    """The same for a tensor that is kept, or that comes in its final type.
 
     Args:
         data, raw_dtype: as for `decide`, evaluated.
@@ -106,7 +108,7 @@ def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarr
     elif data.dtype in (np.float32, np.float16):
         if np.isnan(data).any():
             raise ConversionError(f"tensor {name}: a weight is NaN; the checkpoint is damaged or its training diverged")
-        # infinities are legal in masks and rope factors, never where every activation passes
+        # infinities are legal in masks and rope factors, but never where every activation passes
         if ("_norm" in name or name.endswith(".bias")) and np.isinf(data).any():
             raise ConversionError(f"tensor {name}: a weight is infinite; the checkpoint is damaged or its training diverged")
     data = np.ascontiguousarray(data)
@@ -126,7 +128,8 @@ _NAMES_OF_DTYPES = {
 
 
 def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> tuple[np.ndarray, TensorRecord, int]:
-    """A matrix that cannot be entropy-coded, in the smallest stock type that holds it: Q8_0 where llama-quantize would make that of it, BF16 if exact, F16, else F32.
+    """A matrix that cannot be entropy-coded, in the smallest stock type that holds it: Q8_0 where
+    llama-quantize would choose it, BF16 if that is exact, F16, else F32.
 
     Args:
         data: f16 or f32, any shape.
@@ -156,27 +159,31 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> t
 
 
 def chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
-    """The record of a table larger than memory (gguf.LazyChunkedTensor), which is written as upstream has it."""
+    """The record of a table larger than memory (gguf.LazyChunkedTensor), which is written as
+    upstream has it."""
     gguf = import_gguf()
     shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
     reason = "read in chunks"
     return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, f"kept: {reason}", kept=reason)
 
 
-# Share of its energy that a row may lose. Q8_0: half a step of 1/127 of a block's largest weight for each of 32 weights, if that weight stands
-# alone, and a little for the scale, which is no more than it loses anyway. F16: as much as BF16 would, 2^-9 of each weight.
+# Share of its energy that a row may lose. Q8_0: half a step of 1/127 of a block's largest weight
+# for each of 32 weights, if that weight stands alone, and a little for the scale, which is no more
+# than it loses anyway. F16: as much as BF16 would, 2^-9 of each weight.
 _LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-18}
 
 
 def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.ndarray, int]:
-    """Rows in a stock type, uint8 (n_rows, row bytes), and how many of them lose more than they should.
+    """Rows in a stock type, uint8 (n_rows, row bytes), and how many of them lose more than they
+    should.
 
     Args:
         rows: f16 or f32, shape (n_rows, n_cols), finite.
     """
     gguf = import_gguf()
     allowed = _LOST_AT_MOST[ggml_type.name]
-    # not by gguf.quants.quantize: `SourceModel.each_tensor` puts another in its place on another thread
+    # not gguf.quants.quantize, which `SourceModel.each_tensor` replaces for a while on another
+    # thread
     quantize = {"Q8_0": gguf.quants.Q8_0.quantize, "BF16": gguf.quants.BF16.quantize, "F16": lambda x: x.astype(np.float16)}[ggml_type.name]
 
     def part(s: slice) -> tuple[np.ndarray, int]:
@@ -185,7 +192,7 @@ def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.
             quantized = quantize(x)
             error = gguf.dequantize(quantized, ggml_type) - x
             lost, energy = (np.einsum("ij,ij->i", one, one, dtype=np.float64) for one in (error, x))
-        # an infinity is not to be had for the sake of rows that nobody uses
+        # no infinities may come in, not even for rows that nobody uses
         return quantized.view(np.uint8), int(np.count_nonzero(lost > allowed * energy)) if np.isfinite(lost).all() else len(rows)
 
     parts = map_chunks(part, len(rows), threads, rows.shape[1])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp's converter classes raise, in words for those who run them: what, where, and what to do.
+"""What llama.cpp's converter classes raise, in words for users: what, where, and what to do.
 
-They meet arbitrary files with bare indexing, asserts and library calls, so that every exception type is possible.
+They meet arbitrary files with bare indexing, asserts and library calls, so that every exception
+type is possible.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def one_line_errors(folder: Path, hparams: dict[str, Any] | None = None) -> Iter
         raise
     except OSError as error:
         if error.errno is not None and error.filename is None:
-            raise  # disk trouble of our own output, worded by its owner
+            raise  # trouble with the disk of our own output is worded where the output is written
         raise ConversionError(f"{folder}: {_reason(error)}; download the model again") from error
     except Exception as error:
         quantized = ((hparams or {}).get("quantization_config") or {}).get("quant_method")

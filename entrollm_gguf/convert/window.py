@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A pool of threads through which tensors pass in order, with a bound on the weights that are in memory at a time."""
+"""A pool of threads through which tensors pass in order, with a bound on the weights that are in
+memory at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-# Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors are worked on alone, by all threads.
+# Weights in flight: 4 bytes each as floats, and about as much again in temporaries. Larger tensors
+# are worked on alone, by all threads.
 MAX_WEIGHTS_IN_FLIGHT = 32_000_000
 
 Result = TypeVar("Result")
@@ -33,17 +35,19 @@ class Window:
     def __init__(self, pool: ThreadPoolExecutor, n_threads: int, stop: threading.Event) -> None:
         self.n_threads = n_threads
         self._pool = pool
-        self._stop = stop  # set by an interrupt or an error: what is queued does nothing any more
+        self._stop = stop  # set by an interrupt or an error: what is still queued then does nothing
         self._jobs: deque[_Job] = deque()
         self._in_flight = 0
 
     def put(self, room: int, work: Callable[[], Result], done: Callable[[Result], None]) -> None:
-        """Let a thread do the work once there is room; `done` is called with the result, on this thread and in the order of the calls.
+        """Let a thread do the work once there is room; `done` is called with the result, on this
+        thread and in the order of the calls.
 
         Args:
             room: weights, and memory beside them in f32 numbers.
         Raises:
-            KeyboardInterrupt: an interrupt has come; whatever work and `done` of earlier calls raise passes through.
+            KeyboardInterrupt: an interrupt has come; whatever work and `done` of earlier calls
+                raise passes through.
         """
         if self._stop.is_set():
             raise KeyboardInterrupt
@@ -84,7 +88,8 @@ class Window:
 
 @contextlib.contextmanager
 def window(threads: int | None) -> Iterator[Window]:
-    """A pool of so many threads, of all cores for None. At the end everything that was put is done."""
+    """A pool of so many threads, of all cores for None. At the end everything that was put is
+    done."""
     n_threads, stop = threads or os.cpu_count() or 1, threading.Event()
     with _interrupts(stop), ThreadPoolExecutor(n_threads) as pool:
         jobs = Window(pool, n_threads, stop)
@@ -98,7 +103,8 @@ def window(threads: int | None) -> Iterator[Window]:
 
 @contextlib.contextmanager
 def _interrupts(stop: threading.Event) -> Iterator[None]:
-    """Remember signals that raise KeyboardInterrupt in `stop` as well: Python drops one that arrives inside a destructor or a callback."""
+    """Remember signals that raise KeyboardInterrupt in `stop` as well: Python drops one that
+    arrives inside a destructor or a callback."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Measures and the chat: llama.cpp's own tools underneath, numbers and errors in Python on top."""
+"""Measurements and the chat: llama.cpp's own tools underneath, numbers and errors in Python on
+top."""
 
 from entrollm_gguf.eval.bench import Speed, measure_speed
 from entrollm_gguf.eval.chat import Chat

@@ -97,8 +97,8 @@ def perplexity(
 ) -> None:
     """Measure the perplexity of a GGUF on a text, with llama-perplexity.
 
-    With --reference also the mean, median and 99th percentile of the KL divergence from that model (nats per token), and how often both
-    prefer the same token.
+    With --reference also the mean, median and 99th percentile of the KL divergence from that model
+    (nats per token), and how often both prefer the same token.
     """
     from entrollm_gguf.eval.perplexity import measure_perplexity
 
@@ -125,8 +125,9 @@ def perplexity(
 def demo(out: Path, full: bool, text: Path | None, chunks: int | None, threads: int | None) -> None:
     """Convert a real model and compare it with stock types.
 
-    Fetches SmolLM2-135M-Instruct (92 MB, once), converts it, measures size, KL divergence, speed and memory beside F16, Q8_0 and Q4_K_M, asks
-    it a question, and writes all that to an HTML report.
+    Fetches SmolLM2-135M-Instruct (92 MB, once), converts it, measures size, KL divergence, speed
+    and memory beside F16, Q8_0 and Q4_K_M, asks it a question, and writes all that to an HTML
+    report.
     """
     logging.disable(logging.WARNING)
     from entrollm_gguf.eval.demo import demo_notes, demo_title, run_demo
@@ -167,8 +168,9 @@ def report(
 ) -> None:  # fmt: skip
     """Compare GGUF files, entropy-coded or not, in an HTML report.
 
-    Size and memory always; quality with --text, speed with --speed. For each entropy-coded file a picture: bits and entropy of its layers. The
-    report is one file that loads nothing from elsewhere. FILES may be first parts of split files.
+    Size and memory always; quality with --text, speed with --speed. For each entropy-coded file a
+    picture: bits and entropy of its layers. The report is one file that loads nothing from
+    elsewhere. FILES may be first parts of split files.
     """
     from entrollm_gguf.eval.compare import compare, environment
     from entrollm_gguf.eval.report import check_report_path, write_report
@@ -197,7 +199,8 @@ def report(
 
 
 def _typed(program: str) -> str:
-    """What to type for a program of ours; without an activated environment it lies beside Python."""
+    """What to type for a program of ours; without an activated environment it lies beside
+    Python."""
     return program if shutil.which(program) else os.path.relpath(Path(sys.executable).with_name(program))
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""`make demo`: a real model as stock types and as ours, measured side by side, then asked a question."""
+"""`make demo`: a real model as stock types and as ours, measured side by side, then asked a
+question."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from entrollm_gguf.eval.report import write_report
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.inspect.report import inspect_file
 
-# The unquantized model is sure of every token of its answer: 0.78 is the smallest probability. Where it is not, a rounding error decides.
+# The unquantized model is sure of every token of its answer: 0.78 is the smallest probability. With
+# a less certain answer, a rounding error would decide.
 QUESTION = "What is the capital city of Japan?"
 CALIBRATED = ("EQ8-4.5",)
 STOCK_TYPES = ("Q8_0", "Q4_K_M")
@@ -75,7 +77,8 @@ def run_demo(
 
     Args:
         out: folder, made if missing. A model folder that an earlier run left there is used again.
-        full: every recipe, a calibration as long as `entrollm convert` makes it, and twice as much of everything that is measured.
+        full: every recipe, a calibration as long as `entrollm convert` makes it, and twice as much
+            of everything that is measured.
         text: text for perplexity; Python's language reference if None.
         chunks: chunks of 512 tokens that are scored; 4 if None, 16 of a full demo.
     Raises:

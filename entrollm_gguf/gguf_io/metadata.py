@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Metadata of a GGUF that is written: copied from the one that it is made of, and added."""
+"""Metadata of a GGUF that is written: copied from its source, or added."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from entrollm_gguf.gguf_io.reader import ModelFile
 if TYPE_CHECKING:
     import gguf
 
-# What describes how the file was made, or what the writer sets itself.
+# Keys that describe how the file was made, and keys that the writer sets itself.
 _DROPPED_PREFIXES = ("entrollm.", "split.", "GGUF.")
 _DROPPED_KEYS = {"general.file_type", "general.architecture", "general.alignment"}
 
 
 def copy_metadata(model: ModelFile, writer: gguf.GGUFWriter) -> None:
-    """All keys but those that tell how this very file was made: our own, the parts of a split file, its type and alignment."""
+    """All keys but those that tell how this very file was made: our own, the parts of a split file,
+    its type and alignment."""
     array = import_gguf().GGUFValueType.ARRAY
     for field in model.readers[0].fields.values():
         if field.name.startswith(_DROPPED_PREFIXES) or field.name in _DROPPED_KEYS:

@@ -22,7 +22,8 @@ def check_output(path: Path, force: bool) -> None:
 
     Raises:
         OutputExistsError: the file exists and `force` is not given.
-        ConversionError: the folder is missing, or the name is a folder, a pipe, a device or a link that leads nowhere.
+        ConversionError: the folder is missing, or the name is a folder, a pipe, a device or a link
+            that leads nowhere.
     """
     if path.is_dir():
         raise ConversionError(f"{path}: is a folder; name an output file")
@@ -39,14 +40,18 @@ def check_output(path: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_output(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed over it when the block ends well, removed when it does not (an interrupt included). A symbolic link is followed.
+    """A temporary path beside `path`; renamed over it when the block ends well, removed when it
+    does not (an interrupt included). A symbolic link is followed.
 
-    Its name depends on that of the output alone, and it is locked as long as it is written: a second process that wants the same output is refused, and what a killed one left is written over.
+    Its name depends only on that of the output, and it is locked while it is written: a second
+    process that wants the same output is refused, and what a killed process left behind is
+    overwritten.
 
     Yields:
         the temporary path, an empty file that the block fills and closes.
     Raises:
-        OutputExistsError, ConversionError: see check_output; another process writes the same output; a full disk.
+        OutputExistsError, ConversionError: see check_output; another process writes the same
+            output; a full disk.
     """
     check_output(path, force)
     target = _target(path)
@@ -92,7 +97,7 @@ def _create_locked(path: Path, temporary: Path) -> int:
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise
-        # between opening and locking, its owner may have renamed or removed it
+        # between opening and locking, the owner may have renamed or removed the file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.lstat(temporary)):
                 os.truncate(handle, 0)
@@ -111,9 +116,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 class SpillFile:
-    """Anonymous temporary file beside the output that holds payloads until the GGUF's header is known.
+    """Anonymous temporary file beside the output that holds payloads until the GGUF's header is
+    known.
 
-    GGUF stores all tensor infos, offsets included, before the data, and a coded size is known only after coding.
+    GGUF stores all tensor infos, offsets included, before the data, and a coded size is known only
+    after coding.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,7 +142,7 @@ class SpillFile:
         try:
             write(self._file)
         except OSError as error:
-            if error.errno is None:  # numpy's tofile tells that it could not write all, and not why
+            if error.errno is None:  # numpy's tofile says that it could not write everything, but not why
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
         self._size += size
@@ -156,7 +163,8 @@ class SpillFile:
 
 
 class StreamedTensor:
-    """What gguf's writer asks of a tensor (shape, dtype, nbytes, tofile), with the bytes produced at the moment of writing.
+    """What gguf's writer asks of a tensor (shape, dtype, nbytes, tofile), with the bytes produced
+    at the moment of writing.
 
     Args:
         shape: numpy shape of `dtype` elements that the writer sees.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The gguf package of the runtime. The one on PyPI has the same name and refuses our types, so each use comes through here."""
+"""The gguf package of the runtime. The one on PyPI has the same name and refuses our types, so each
+use comes through here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What is in a GGUF: `inspect_file`, whether it is sound: `verify_file`, and back to stock types: `decode_file`."""
+"""`inspect_file` tells what is in a GGUF, `verify_file` whether it is sound, and `decode_file`
+turns it back to stock types."""
 
 from entrollm_gguf.inspect.decode import DecodeReport, decode_file
 from entrollm_gguf.inspect.report import FileReport, TensorReport, inspect_file

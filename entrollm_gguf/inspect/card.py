@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A model card for the Hugging Face hub: what the file is, in the numbers of `entrollm inspect`, and how it is run."""
+"""A model card for the Hugging Face hub: what the file is, in the numbers of `entrollm inspect`,
+and how it is run."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def check_card_path(path: Path, force: bool) -> None:
     """Refuse early what would fail after everything was measured.
 
     Raises:
-        ConversionError, OutputExistsError: not an .md file (a model may not be replaced by mistake), or see gguf_io.output.
+        ConversionError, OutputExistsError: not an .md file (a model may not be replaced by
+            mistake), or see gguf_io.output.
     """
     if path.suffix.lower() != ".md":
         raise ConversionError(f"{path}: a model card is an .md file; name it so")
@@ -26,7 +28,8 @@ def check_card_path(path: Path, force: bool) -> None:
 
 
 def write_card(path: str | Path, report: FileReport, *, force: bool = False) -> None:
-    """Write the card of an entropy-coded file. Nothing is claimed of its quality: that takes a reference and a text (`entrollm report`).
+    """Write the card of an entropy-coded file. Nothing is claimed of its quality: that takes a
+    reference and a text (`entrollm report`).
 
     Args:
         path: README.md, mostly.
@@ -73,7 +76,7 @@ def card_of(model: ModelFile, report: FileReport) -> str:
 
 
 def _base_models(model: ModelFile) -> list[str]:
-    """OWNER/NAME of what the file was made from, as far as its metadata tells."""
+    """OWNER/NAME of the models that the file was made from, as far as its metadata tells."""
     own = model.text("general.repo_url")
     count = model.field("general.base_model.count")
     given = [model.text(f"general.base_model.{i}.repo_url") for i in range(count)] if isinstance(count, int) and 0 < count < 100 else []
@@ -82,5 +85,5 @@ def _base_models(model: ModelFile) -> list[str]:
 
 
 def _line(text: str | None) -> str:
-    """What a file says, without what would break a line or a table."""
+    """A text from the file, without characters that would break a line or a table."""
     return " ".join("".join(c if c.isprintable() else " " for c in text or "").replace("|", "/").split())

@@ -56,9 +56,11 @@ def inspect(
 ) -> None:
     """Show the tensors of a GGUF: type, shape, size, bits per weight, entropy, code.
 
-    The entropy is that of the integer codes, in bits per weight: what an ideal memoryless coder would need. In the file every weight has the
-    "raw bits", which are all that most weights need. "tail %" of them go on in a tail, which has at most one bit for each of the "tail
-    planes"; "far %" are so rare that a byte of their own follows the tail. FILE may be the first part of a split file.
+    The entropy is that of the integer codes, in bits per weight: what an ideal memoryless coder
+    would need. In the file every weight has the "raw bits", which are all that most weights need.
+    "tail %" of them go on in a tail, which has at most one bit for each of the "tail planes"; "far
+    %" are so rare that a byte of their own follows the tail. FILE may be the first part of a split
+    file.
     """
     from entrollm_gguf.inspect.card import check_card_path, write_card
     from entrollm_gguf.inspect.report import inspect_file
@@ -115,8 +117,9 @@ def inspect(
 def verify(file: Path, threads: int | None) -> None:
     """Check that a GGUF is whole and that every entropy-coded tensor is intact.
 
-    Checks the file's length, of each entropy-coded tensor the structure, the hash, which takes in the tensor's name, and that every
-    group of rows holds exactly its codes, and that llama.cpp loads the file. Stock tensors carry no checksum. Exit code 0 if all is well.
+    Checks the file's length, of each entropy-coded tensor the structure, the hash, which takes in
+    the tensor's name, and that every group of rows holds exactly its codes, and that llama.cpp
+    loads the file. Stock tensors carry no checksum. Exit code 0 if all is well.
     """
     from entrollm_gguf.inspect.verify import verify_file
 
@@ -137,7 +140,8 @@ def verify(file: Path, threads: int | None) -> None:
 def decode(in_file: Path, out_file: Path, force: bool, threads: int | None) -> None:
     """Turn an entropy-coded GGUF into a plain one for stock llama.cpp.
 
-    EQ8 becomes Q8_0 (exact) or, where the grid has an offset, F16; EQ4 becomes Q4_0 or Q4_1 (both exact).
+    EQ8 becomes Q8_0 (exact) or, where the grid has an offset, F16; EQ4 becomes Q4_0 or Q4_1 (both
+    exact).
     """
     from entrollm_gguf.inspect.decode import decode_file
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Quantizers: float matrices to integer codes with coarse scales. One file per quantizer; `QUANTIZERS` names them."""
+"""Quantizers: float matrices to integer codes with coarse scales. One file per quantizer;
+`QUANTIZERS` names them."""
 
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer
 from entrollm_gguf.quant.kept import quantize_kept

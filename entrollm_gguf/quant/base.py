@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What all quantizers share: their result, their errors, and the uniform grid applied in chunks.
 
-A grid is `w = scale * u + minimum` with u in 0..2^bits - 1 (asymmetric), or `w = scale * q` with q around zero (symmetric). Scales are rounded
-to f16 BEFORE codes are chosen, so that codes fit the scale that is stored.
+A grid is `w = scale * u + minimum` with u in 0..2^bits - 1 (asymmetric), or `w = scale * q` with q
+around zero (symmetric). Scales are rounded to f16 BEFORE codes are chosen, so that codes fit the
+scale that is stored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from entrollm_gguf.codec import EntropyType
 # Weights per chunk: the temporaries of a chunk (two f32 arrays) stay in a core's L2 cache.
 _CHUNK = 1 << 16
 
-# So many rows of a matrix may be too small for an f16 scale: tokens that training never touched have weights of next to nothing.
+# This share of a matrix's rows may be too small for an f16 scale: tokens that training never
+# touched have weights close to zero.
 MAX_COARSE = 1 / 32
 
 
@@ -40,8 +42,8 @@ class Quantized:
     offsets: np.ndarray | None  # f32, same shapes, or None: w = scale * q + offset
     scheme: str  # what was chosen, as recorded in the file's metadata
     n_coarse: int = 0  # rows that `count_coarse` found
-    kind: EntropyType | None = None  # where the codes decide on it; else what was asked for
-    scale_error: float | None = None  # of codes and scales that were given: the largest relative rounding of a scale to f16
+    kind: EntropyType | None = None  # set where the codes decide it; else it is what was asked for
+    scale_error: float | None = None  # for codes and scales that were given: the largest relative error of rounding a scale to f16
 
 
 Quantizer = Callable[[np.ndarray, EntropyType, int | None], Quantized]
@@ -83,9 +85,11 @@ def f16_not_above(x: float) -> np.float16:
 
 
 def count_coarse(wanted: np.ndarray, stored: np.ndarray) -> int:
-    """Rows whose error is mostly the rounding to f16: more than a step of the wanted width makes by itself.
+    """Count rows whose error comes mostly from rounding to f16, which then costs more than a step
+    of the wanted width by itself.
 
-    A step s makes a mean square error of s^2 / 12, so rounding costs more than that once the stored step is wider by the square root of 2.
+    A step s makes a mean square error of s^2 / 12, so rounding costs more than that once the stored
+    step is wider by the square root of 2.
 
     Args:
         wanted: steps before rounding, 0 for rows of zeros; any shape.
@@ -101,7 +105,8 @@ def count_coarse(wanted: np.ndarray, stored: np.ndarray) -> int:
 
 
 def map_chunks(function: Callable[[slice], object], n: int, threads: int | None, n_weights: int = 1) -> list:
-    """Results of function(slice) for slices of n items with n_weights weights each, in several threads if it pays."""
+    """Results of function(slice) for slices of n items with n_weights weights each, in several
+    threads if it pays."""
     step = max(1, _CHUNK // n_weights)
     slices = [slice(i, min(i + step, n)) for i in range(0, n, step)]
     n_threads = threads or os.cpu_count() or 1
@@ -132,11 +137,13 @@ def value_range(weights: np.ndarray, threads: int | None = None) -> tuple[float,
 def apply_grid(
     weights: np.ndarray, scale: np.float16, minimum: float, lowest: int, highest: int, shift: int, threads: int | None = None
 ) -> np.ndarray:
-    """Codes of a uniform grid: clip(round((w - minimum) / scale), lowest, highest) - shift, ties to even.
+    """Codes of a uniform grid: clip(round((w - minimum) / scale), lowest, highest) - shift, ties to
+    even.
 
     Args:
         weights: f16 or f32, any shape.
-        scale: step of the grid; 0 stands for a constant tensor and gives `lowest - shift` everywhere.
+        scale: step of the grid; 0 stands for a constant tensor and gives `lowest - shift`
+            everywhere.
         shift: subtracted last, so that an unsigned grid fits int8.
     Returns:
         int8 of the shape of weights.

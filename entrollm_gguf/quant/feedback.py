@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Rounding with error feedback (GPTQ, arXiv 2210.17323) on a uniform grid whose codes are entropy-coded.
+"""Rounding with error feedback (GPTQ, arXiv 2210.17323) on a uniform grid whose codes are
+entropy-coded.
 
-Columns are rounded to nearest one after the other; the error of each is made up for in the columns still to come, as far as the inputs go together. Taking the length of the codes into account when rounding was tried and
-brought nothing (docs/quantization.md).
+Columns are rounded to nearest one after the other; the error of each is compensated in the columns
+still to come, as far as their inputs are correlated. Taking the length of the codes into account
+when rounding was tried and brought nothing (docs/quantization.md).
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import numpy as np
 
 _DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 _BLOCK = 64  # columns whose errors are passed on together
-_AT_ONCE = 1 << 24  # weights in work; rows beyond wait
+_AT_ONCE = 1 << 24  # weights that are worked on at a time; further rows wait
 
 
 def workspace(n_cols: int) -> int:
-    """Memory of `round_with_feedback` and `fitted_scales` beside weights, in f32 numbers: the inversion runs in f64, 50 bytes for each number of the Hessian were measured."""
+    """Memory that `round_with_feedback` and `fitted_scales` take beside the weights, in f32
+    numbers. The inversion runs in f64; 50 bytes for each number of the Hessian were measured."""
     return 13 * n_cols * n_cols
 
 
@@ -37,7 +40,7 @@ def round_with_feedback(weights: np.ndarray, steps: np.ndarray, hessian: np.ndar
     with torch.inference_mode():
         upper = _inverse_factor(torch.from_numpy(np.array(hessian, np.float32)).to(device))
         rows = max(1, _AT_ONCE // weights.shape[1])
-        for begin in range(0, len(weights), rows):  # rows know nothing of each other
+        for begin in range(0, len(weights), rows):  # rows are independent of each other
             s = slice(begin, begin + rows)
             w = torch.from_numpy(np.array(weights[s], np.float32)).to(device)
             step = torch.from_numpy(np.ascontiguousarray(steps[s], np.float32)).to(device)
@@ -46,7 +49,8 @@ def round_with_feedback(weights: np.ndarray, steps: np.ndarray, hessian: np.ndar
 
 
 def _round(remaining, step, upper, top: int):
-    """Codes i8 (n_cols, n_rows) of weights f32 (n_cols, n_rows), which are overwritten: columns are taken one by one, so they are contiguous here."""
+    """Codes i8 (n_cols, n_rows) of weights f32 (n_cols, n_rows), which are overwritten: columns are
+    taken one by one, so they are contiguous here."""
     import torch
 
     inverse, codes = 1 / step, torch.empty(remaining.shape, dtype=torch.int8, device=remaining.device)
@@ -67,7 +71,8 @@ def _round(remaining, step, upper, top: int):
 
 
 def fitted_scales(weights: np.ndarray, codes: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """The scale s of each row for which (w - s q) H (w - s q)^T is least, f64 (n_rows,); 0 for a row of zeros.
+    """The scale s of each row for which (w - s q) H (w - s q)^T is least, f64 (n_rows,); 0 for a
+    row of zeros.
 
     Args:
         weights: f32 (n_rows, n_cols).

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The three min-max grids with one scale for a whole tensor: asymmetric, symmetric unsigned (both EntroLLM's) and symmetric signed."""
+"""The three min-max grids with one scale for a whole tensor: asymmetric, symmetric unsigned (both
+EntroLLM's) and symmetric signed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def _one(value: float, dtype: type) -> np.ndarray:
 
 
 def _exact_minimum(low: float, high: float, levels: int) -> float:
-    """An f16 at most `low`, without bits thousands of times finer than the step: they would be lost in the f32 sum with half the range."""
+    """An f16 at most `low`, without bits thousands of times finer than the step: they would be lost
+    in the f32 sum with half the range."""
     if high <= low:
         return float(f16_not_above(low))
     unit = 2.0 ** (math.floor(math.log2((high - low) / levels)) - 10)
@@ -24,9 +26,11 @@ def _exact_minimum(low: float, high: float, levels: int) -> float:
 
 
 def _exact_offset(minimum: float, scale: np.float16, half: int) -> tuple[np.float16, np.float32]:
-    """A scale, at least the given one, and the f32 offset `minimum + half * scale` that gives the minimum back without rounding.
+    """A scale, at least the given one, and the f32 offset `minimum + half * scale` that gives the
+    minimum back without rounding.
 
-    Fails only where the minimum is thousands of times the range; fewer bits in the scale then make the sum fit an f32.
+    Fails only where the minimum is thousands of times the range; fewer bits in the scale then make
+    the sum fit an f32.
     """
     for n_dropped in range(11):
         unit = np.uint16(1 << n_dropped)
@@ -39,7 +43,8 @@ def _exact_offset(minimum: float, scale: np.float16, half: int) -> tuple[np.floa
 
 
 def _check_offset_grid(kind: EntropyType, wanted: float, scale: np.ndarray, offset: np.ndarray) -> None:
-    """The stock type of a grid with offsets holds it: EQ8 decodes to F16, which ends at 65504 and has steps of its own.
+    """Check that the stock type of a grid with offsets holds it: EQ8 decodes to F16, which ends at
+    65504 and has steps of its own.
 
     Args:
         wanted: step of the grid before rounding; 0 if all weights are equal.
@@ -53,22 +58,25 @@ def _check_offset_grid(kind: EntropyType, wanted: float, scale: np.ndarray, offs
             raise QuantizeError(f"with an offset, weights up to {largest.max():.6g} need a type larger than F16")
         spacing = np.where(largest > 0, np.spacing(largest.astype(np.float16)), 0)  # zeros are exact
         stored = np.hypot(stored, spacing.astype(np.float64))
-    # equal weights have no step: they may be as coarse as an f16 with all its digits
+    # equal weights have no step, so they may be as coarse as an f16 with all its digits
     count_coarse(np.where(wanted > 0, wanted, largest * 2.0**-10), stored)
 
 
 def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
-    """`W_int = round((W - z) * s)` with z = min, 1/s = (max - min) / (2^b - 1) (EntroLLM, section on mixed quantization).
+    """`W_int = round((W - z) * s)` with z = min, 1/s = (max - min) / (2^b - 1) (EntroLLM, section
+    on mixed quantization).
 
     Args:
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
         low, high: the range of the weights.
     Raises:
-        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes to.
+        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes
+            to.
     """
     levels = (1 << n_bits(kind)) - 1
     half = (levels + 1) // 2
-    # Q4_1 stores the minimum as f16 (docs/format.md 6.1): round it first, and measure the step from there
+    # Q4_1 stores the minimum as f16 (docs/format.md 6.1): round it first, and measure the step from
+    # there
     minimum = _exact_minimum(low, high, levels) if kind is EntropyType.EQ4 else float(np.float32(low))
     scale = f16_not_below((high - minimum) / levels) if high > minimum else np.float16(0)
     if kind is EntropyType.EQ4:
@@ -82,7 +90,8 @@ def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high
 
 
 def quantize_symmetric_unsigned(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
-    """`W_int = round(W * s)` with 1/s = max / (2^b - 1), for weights of one sign; all-negative weights take a negative scale.
+    """`W_int = round(W * s)` with 1/s = max / (2^b - 1), for weights of one sign; all-negative
+    weights take a negative scale.
 
     Raises:
         ValueError: the weights have both signs.
@@ -102,10 +111,12 @@ def quantize_symmetric_unsigned(weights: np.ndarray, kind: EntropyType, low: flo
 
 
 def quantize_symmetric(weights: np.ndarray, kind: EntropyType, low: float, high: float, threads: int | None = None) -> Quantized:
-    """Signed codes around zero: w = scale * q, |q| <= 2^(b-1) - 1, scale from the largest magnitude. No offset: exact as Q8_0 or Q4_0.
+    """Signed codes around zero: w = scale * q, |q| <= 2^(b-1) - 1, scale from the largest
+    magnitude. No offset: exact as Q8_0 or Q4_0.
 
     Raises:
-        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes to.
+        QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes
+            to.
     """
     top = (1 << (n_bits(kind) - 1)) - 1
     extreme = max(abs(low), abs(high))

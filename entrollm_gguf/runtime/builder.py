@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The build: assemble the tree, run cmake once, pack wheels, keep them in the cache under the hash of everything that went in.
+"""The build: assemble the tree, run cmake once, pack wheels, keep them in the cache under the hash
+of everything that went in.
 
-Cache layout: `sources/` (downloads), `work/<options and toolchain>/` (tree and objects of the last such
-build, for incremental rebuilds), and
-`runtime/<hash>/` (finished wheels, moved into place as a whole).
+Cache layout: `sources/` (downloads), `work/<options and toolchain>/` (tree and objects of the last
+such build, for incremental rebuilds), and `runtime/<hash>/` (finished wheels, moved into place as a
+whole).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ Say = Callable[[str], None]
 _CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
-    # a wheel holds no links, so libraries have one name each, and find each other beside the programs
+    # a wheel holds no links, so libraries have one name each, and find each other beside the
+    # programs
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_INSTALL_RPATH": "$ORIGIN;$ORIGIN/../lib",
@@ -59,7 +61,7 @@ _CMAKE_OPTIONS = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What may be chosen."""
+    """Options of a build."""
 
     cuda: bool = False
     cuda_arch: str = "native"  # as CMAKE_CUDA_ARCHITECTURES takes it, e.g. "90" or "75;89"
@@ -73,8 +75,9 @@ class BuildOptions:
         if self.sanitize:
             options |= {
                 "CMAKE_BUILD_TYPE": "RelWithDebInfo",
-                # upstream's hundred model files take half an hour with instrumentation and -O2; its assertions stay out, as in a
-                # release: they stop at a sum that is no number, which a damaged weight may give
+                # upstream's hundred model files take half an hour with instrumentation and -O2; its
+                # assertions stay out, as in a release: they stop at a sum that is not a number,
+                # which a damaged weight may give
                 "CMAKE_C_FLAGS_RELWITHDEBINFO": "-O1 -g1 -DNDEBUG",
                 "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1 -g1 -DNDEBUG",
                 "GGML_OPENMP": "OFF",  # its runtime is not instrumented
@@ -87,7 +90,7 @@ class BuildOptions:
         return options
 
     def targets(self) -> list[str]:
-        """cmake targets, less the tests of the overlay."""
+        """cmake targets, without the tests of the overlay."""
         if self.sanitize:
             return ["llama"] if self.sanitize == "address" else ["ggml"]
         return ["llama", "mtmd", *wheels.TOOLS.values(), *wheels.TESTS]
@@ -103,7 +106,8 @@ def build(
         force: build even if the cache has it.
         say: told what is going on, a line at a time.
     Returns:
-        what is installed now; for sanitizer builds, which are not installed, the folder with programs and libraries.
+        what is installed now; for sanitizer builds, which are not installed, the folder with
+            programs and libraries.
     Raises:
         BuildError: a missing tool, a patch that does not apply, a compiler error.
         FetchError: the source cannot be downloaded.
@@ -217,7 +221,8 @@ def find_program(name: str) -> str | None:
 
 
 def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, toolchain: Toolchain) -> str:
-    """Hash of everything that goes into a build: pin, overlay, series, options, toolchain, and this code."""
+    """Hash of everything that goes into a build: pin, overlay, series, options, toolchain, and this
+    code."""
     digest = hashlib.sha256()
 
     def add(label: str, data: bytes) -> None:
@@ -237,7 +242,8 @@ def runtime_hash(pin: Pin, patches: Path, options: BuildOptions, toolchain: Tool
 
 
 def _cpu_flags() -> str:
-    """Instruction sets of the processor, where the system tells: a native build does not run on a lesser one."""
+    """Instruction sets of the processor, where the system tells: a native build does not run on a
+    lesser one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

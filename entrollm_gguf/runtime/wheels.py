@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Packing: the built runtime as ordinary wheels, so that pip installs, replaces and removes it like any other package.
+"""Packing the built runtime as ordinary wheels, so that pip installs, replaces and removes it like
+any other package.
 
-llama_cpp_python carries the Python binding, the shared libraries, the tools and llama.cpp's converter; gguf is the tree's own, patched. The tools
-lie in `llama_cpp/bin`; console scripts of the same names start them.
+llama_cpp_python carries the Python binding, the shared libraries, the tools and llama.cpp's
+converter; gguf is the tree's own, patched. The tools lie in `llama_cpp/bin`; console scripts of the
+same names start them.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def pack_gguf(tree: Path, short_hash: str, scratch: Path, out: Path) -> Path:
     root = scratch / "gguf"
     shutil.copytree(source / "gguf", root / "gguf", ignore=shutil.ignore_patterns("__pycache__"))
     project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
-    # the editor needs a Qt that nothing else here does
+    # the editor needs Qt, which nothing else here needs
     scripts = {name: target for name, target in project["scripts"].items() if "gui" not in name}
     requires = tuple(re.sub(r"\s*\(([^)]*)\)", r"\1", line) for line in project["dependencies"])
     return _pack(root, "gguf", f"{project['version']}+entrollm.{short_hash}", "py3-none-any", requires, scripts, out)

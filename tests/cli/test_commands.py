@@ -86,7 +86,7 @@ def test_inspect(converted, capsys):
 
 
 def test_what_inspect_counts_is_what_the_file_holds(converted, capsys):
-    """Raw bits, tails and far bytes add up to the bits per weight, but for the container."""
+    """Raw bits, tails and far bytes add up to the bits per weight, except for the container."""
     from entrollm_gguf.codec import Payload
 
     path = converted("llama", "EQ8-mixed")
@@ -141,7 +141,7 @@ def test_a_model_card(converted, tmp_path, capsys):
 
 
 def test_what_a_card_takes_from_the_file(tmp_path):
-    """Names of the model and of what it was made from, in one line each whatever the file says."""
+    """Names of the model and of its source take one line each, whatever the file says."""
     gguf = import_gguf()
     path = tmp_path / "a.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -224,7 +224,7 @@ def test_perplexity(converted, text_file, tmp_path, capsys):
     ids=["utf-16", "utf-16-le", "latin-1", "binary", "blank"],
 )
 def test_one_rule_for_texts(converted, tiny_model, tmp_path, content, reason, capsys):
-    """Perplexity and calibration take the same ones."""
+    """Perplexity and calibration accept the same texts."""
     odd, out = tmp_path / "odd.txt", tmp_path / "out.gguf"
     odd.write_bytes(content)
     for command in (
@@ -324,7 +324,7 @@ def test_chat_beyond_the_context(converted, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: next(questions))
     assert main(["chat", path, "--max-tokens", "2", "--ctx", "128"]) == 0
     told = capsys.readouterr()
-    assert told.err.count("longer than the context") == 1 and told.out.strip()  # the long question is no part of the conversation
+    assert told.err.count("longer than the context") == 1 and told.out.strip()  # the long question is not part of the conversation
 
 
 def test_runtime_info(capsys):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What is wrong with a model is said before any weight is encoded; what no model needs is left out."""
+"""What is wrong with a model is said before any weight is encoded; what no model needs is left
+out."""
 
 from __future__ import annotations
 
@@ -143,7 +144,7 @@ def test_a_model_card_of_no_use(model, out, capsys):
 
 
 def test_unusual_names(model, tmp_path):
-    """Braces are fields to llama.cpp's converter; a shell without a locale knows ASCII alone."""
+    """llama.cpp's converter takes braces for fields; a shell without a locale knows only ASCII."""
     folder = model.rename(model.with_name("odd {x} name %s \u00e9"))
     out = tmp_path / "out \u00e9 {x} {ftype} %s.gguf"
     environment = {**os.environ, "LC_ALL": "C"}

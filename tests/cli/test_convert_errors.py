@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Bad input and bad luck: one clear line that names the culprit, a non-zero exit code, nothing left behind."""
+"""Bad input and bad luck: one clear line that names the culprit, a non-zero exit code, nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -230,7 +231,7 @@ def test_signals(tiny_model, out, number, said):
 
 
 def test_which_signals_are_handled():
-    """SIGHUP as SIGTERM, except where it is ignored (nohup)."""
+    """SIGHUP is handled like SIGTERM, except where it is ignored (nohup)."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with pytest.raises(KeyboardInterrupt), _terminated_like_ctrl_c() as received:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The demo, with a tiny model in place of the real one; and what it asks the real one."""
+"""The demo with a tiny model in place of the real one, and the question that it asks the real
+one."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_demo(tiny_model, tmp_path, monkeypatch, capsys):
 def test_full_demo_has_every_recipe():
     from entrollm_gguf.convert.recipes import DEFAULT_FOR_INTEGERS, RECIPES
 
-    # a model of floats has no codes to keep
+    # a float model has no codes to keep
     fixed = {name for name, recipe in RECIPES.items() if recipe.bits is None} - {DEFAULT_FOR_INTEGERS}
     assert fixed | {"EQ8", "EQ8-4.5"} == set(demo.FULL.recipes) > set(demo.SHORT.recipes)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Files that say odd things: legal ones are read, others end in one line, and nothing of them reaches the terminal as it stands."""
+"""Files that say odd things: legal ones are read, others end in one line, and nothing in them
+reaches the terminal unchanged."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ def small(converted):
 
 
 def one_line(capsys) -> str:
-    """What the command said, which is one line of an error."""
+    """What the command said, which has to be one line, an error."""
     error = capsys.readouterr().err.strip()
     assert error.startswith("entrollm: error: ") and "\n" not in error and "Traceback" not in error
     return error
 
 
-# ---- what the loader refuses -------------------------------------------------------------------------------------------------------
+# ---- what the loader refuses ---------------------------------------------------------------------
 
 
 def _set(name: str, /, **changes):
@@ -67,14 +68,14 @@ def test_verify_refuses_what_the_loader_refuses(small, tmp_path, edit, capsys):
 
 
 def test_verify_asks_the_loader(small, tmp_path):
-    """The sound file and the same with a key more; a key too few."""
+    """A sound file, the same with one more key, and one with a key missing."""
     assert verify_file(rewrite(small, tmp_path / "a.gguf", keys=[key("x.y", U32, struct.pack("<I", 1))])).problems == ()
     (problem,) = verify_file(rewrite(small, tmp_path / "b.gguf", without="llama.block_count")).problems
     assert "llama.cpp refuses it" in problem and "block_count" in problem
 
 
 def test_how_the_loader_can_end(small, tmp_path, monkeypatch):
-    """It refuses, aborts, or does not start at all: the command survives each."""
+    """It refuses, aborts, or does not start at all; the command survives all of these."""
     from entrollm_gguf.gguf_io import loader
 
     def ends(script: str) -> str | None:
@@ -92,7 +93,8 @@ def test_how_the_loader_can_end(small, tmp_path, monkeypatch):
 
 
 def _copy(source, out, *, alignment: int | None = None, replace: dict[str, np.ndarray] | None = None):
-    """A file with the same keys, another alignment, or other F32 tensors, which are entropy-coded as a single row."""
+    """A file with the same keys, another alignment, or other F32 tensors, which are entropy-coded
+    as a single row."""
     import gguf
 
     model = open_model(source)
@@ -128,7 +130,7 @@ def test_coded_tensor_of_one_dimension(small, tmp_path):
     assert name in problem and "one dimension" in problem
 
 
-# ---- metadata ----------------------------------------------------------------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,12 +205,12 @@ def test_a_small_file_that_claims_much(tmp_path, command, capsys):
     assert "claims.gguf" in one_line(capsys)
 
 
-# ---- what a file says, printed -----------------------------------------------------------------------------------------------------
+# ---- what a file says, printed -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[bold]x", ":smile:", "\x1b[31mred", "a\nb\tc\x00", "\u202egfe", "$\\frac{1}$", "ä€"])
 def test_names_are_shown_as_they_are(small, tmp_path, name, capsys):
-    """As words: neither markup nor escape sequences, in tables, messages and pictures."""
+    """As words, and neither as markup nor as escape sequences: in tables, messages and pictures."""
 
     def edit(infos) -> None:
         infos["output_norm.weight"].name = name.encode()
@@ -225,7 +227,7 @@ def test_names_are_shown_as_they_are(small, tmp_path, name, capsys):
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert name in {t["name"] for t in report["tensors"]} and report["recipe"] == name
-    assert main(["verify", str(path)]) == 1  # another name is another hash
+    assert main(["verify", str(path)]) == 1  # another name gives another hash
     assert not hostile & set(capsys.readouterr().err) - {"\n"}
 
 

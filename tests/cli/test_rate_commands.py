@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""`entrollm convert --bits` and `--size`: what is asked for comes out, from below, and a plan tells it beforehand."""
+"""`entrollm convert --bits` and `--size`: the size that is asked for comes out, from below, and a
+plan predicts it."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def test_what_cannot_be_met(tiny_model, tmp_path, capsys):
 
 
 def test_recipes_with_bits(tiny_model, tmp_path, capsys):
-    """The default is one; the file tells its recipe; with calibration its bits can be others. They are those of the coded matrices."""
+    """The default is one of them. The file names its recipe; with calibration its bits can differ.
+    They count the coded matrices only."""
     folder = str(tiny_model("llama").folder)
     named = {name: recipe for name, recipe in RECIPES.items() if recipe.bits is not None}
     assert DEFAULT_RECIPE in named and len(named) >= 6
@@ -75,7 +77,8 @@ def test_recipes_with_bits(tiny_model, tmp_path, capsys):
     for name in (DEFAULT_RECIPE, "eq8-4.0"):
         report = pipeline.convert_model(folder, tmp_path / f"{name}.gguf", recipe=name)
         bits = RECIPES[report.recipe].bits
-        # 127 codes to a side and rows with weights of 20 times their size: at most 6.6 bits come out of this model
+        # 127 codes to a side and rows with weights of 20 times their size: at most 6.6 bits come
+        # out of this model
         coded = report.coded()
         assert min(0.99 * bits, 6.5) <= sum(t.n_bytes for t in coded) * 8 / sum(t.n_elements for t in coded) <= bits
         assert import_gguf().GGUFReader(tmp_path / f"{name}.gguf").fields["entrollm.recipe"].contents() == report.recipe

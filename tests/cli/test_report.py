@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""`entrollm report`: the numbers are those of the other commands, the page needs nothing else, and words from files stay words."""
+"""`entrollm report`: the numbers are those of the other commands, the page needs no other file, and
+words from files stay words."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def pictures(self) -> list[str]:
-        """The SVGs, each a whole XML document without scripts and without addresses outside itself."""
+        """The SVGs, each a whole XML document without scripts and without addresses outside
+        itself."""
         found = []
         for address in self.addresses:
             head, _, body = address.partition(",")
@@ -92,7 +94,7 @@ def test_report_with_everything(files, text_file, tmp_path, capsys):
     assert [h.replace("\n", " ") for h in headings[:7]] == ["file", "mode", "MB", "KLD", "prompt tok/s", "gen tok/s", "memory MB"]
     assert (reference[0], load[:2], fused[:2]) == ("plain", [coded.stem, "load"], ["", "fused"])
     megabytes = [f"{sum(t.n_bytes for t in open_model(path).tensors()) / 1e6:.1f}" for path in (plain, coded)]
-    assert (reference[6], load[6], fused[6]) == (megabytes[0], megabytes[0], megabytes[1])  # decoded at load it is the other file
+    assert (reference[6], load[6], fused[6]) == (megabytes[0], megabytes[0], megabytes[1])  # decoded at load, it is the other file
     assert float(load[3]) < 1e-3  # the same codes: no divergence
     assert all(float(line[i]) > 0 for line in (reference, load, fused) for i in (4, 5))
     assert main(["perplexity", str(plain), *measured, "--json"]) == 0
@@ -111,7 +113,8 @@ def test_report_of_sizes_alone(files, tmp_path, capsys):
 
 
 def test_names_are_words(files, tmp_path, capsys):
-    """Markup, formulas and escape sequences in names reach neither the page, nor the pictures, nor the terminal."""
+    """Markup, formulas and escape sequences in names reach neither the page, nor the pictures, nor
+    the terminal."""
     name = "<b>$x^{$&'\"\x1b[31m[bold]"
     hostile = tmp_path / f"{name}.gguf"
     shutil.copy(files[0], hostile)
@@ -154,7 +157,7 @@ def test_errors_leave_nothing(arguments, code, reason, files, tmp_path, monkeypa
 
 
 def test_what_a_report_replaces(files, tmp_path, capsys):
-    """A report only with --force, a model never."""
+    """It replaces a report only with --force, and a model never."""
     out, model = tmp_path / "report.html", tmp_path / "model.gguf"
     out.write_text("mine")
     shutil.copy(files[1], model)
@@ -168,7 +171,8 @@ def test_what_a_report_replaces(files, tmp_path, capsys):
 
 
 def test_a_plot_of_odd_figures():
-    """No divergence has a place on an axis without 0; figures that are none have no place, and nothing measured is no plot."""
+    """A divergence of zero has a place on an axis without 0; NaN has none; and if nothing was
+    measured there is no plot."""
     assert draw_quality([ROW]) is None
     same, ruined = (dataclasses.replace(ROW, perplexity=PerplexityResult("", 9.0, 0.1, kld, 0.0)) for kld in (0.0, float("nan")))
     figure = draw_quality([same, ruined])

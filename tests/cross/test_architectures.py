@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Every architecture: converts, is sound, runs in load mode with the logits of the decoded-back plain file."""
+"""Every architecture converts, its file is sound, and in load mode it gives the logits of the
+decoded-back plain file."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.report import inspect_file
 from entrollm_gguf.inspect.verify import verify_file
 
-# EQ8-paper: F16 with offset; EQ8-mixed: Q8_0 or F16; EQ8-rows: Q8_0; EQ4-paper: Q4_1; EQ4-mixed: Q4_0 or Q4_1; EQ4-rows: Q4_0
+# EQ8-paper: F16 with offset; EQ8-mixed: Q8_0 or F16; EQ8-rows: Q8_0; EQ4-paper: Q4_1; EQ4-mixed:
+# Q4_0 or Q4_1; EQ4-rows: Q4_0
 RECIPES = ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows")
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Statistics of tiny models: against what autograd and numpy give by themselves, under GGUF names, from the cache, and what is said when there are none."""
+"""Statistics of tiny models: compared with autograd and numpy, under GGUF names, from the cache,
+and what is said where there are none."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ gather_module = sys.modules[gather.__module__]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Nothing from earlier runs; and one thread: two that wait for each other take ten times as long on cores that are busy."""
+    """Nothing from earlier runs; and one thread: two that wait for each other take ten times as
+    long on cores that are busy."""
     import torch
 
     monkeypatch.setattr(gather_module, "cache_folder", lambda: tmp_path / "cache")
@@ -77,7 +79,8 @@ def test_against_autograd(tiny_model, text, tmp_path, name):
     for sequence in tokens:
         logits = model(sequence[None]).logits[0]
         drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
-        # the gradient by the outputs is that by a bias; that by a row of the embedding is that by what is added to it where it is looked up
+        # the gradient by the outputs equals that by a bias; the gradient by a row of the embedding
+        # equals that by what is added where the row is looked up
         bias = torch.nn.Parameter(torch.zeros(CONTEXT_HERE, layer.out_features))
         row = torch.nn.Parameter(torch.zeros(CONTEXT_HERE, words.embedding_dim))
         handles = [
@@ -95,7 +98,7 @@ def test_against_autograd(tiny_model, text, tmp_path, name):
     assert np.allclose(one.columns, x.square().mean(0), rtol=1e-4, atol=1e-9)
     assert np.allclose(np.load(one.hessian), (x.T @ x / len(x)).numpy(), rtol=1e-3, atol=1e-5)
     assert np.allclose(one.rows, total.numpy() / len(x), rtol=1e-2, atol=1e-9)
-    # what reads the same input shares its Hessian
+    # layers that read the same input share its Hessian
     q, k, o = (found.modules[f"model.layers.0.self_attn.{part}_proj.weight"].hessian for part in "qko")
     assert q == k != o
     embedding = found.modules["model.embed_tokens.weight"]
@@ -110,7 +113,8 @@ def test_against_autograd(tiny_model, text, tmp_path, name):
 
 
 def test_rows_and_columns_under_gguf_names(tiny_model, tmp_path):
-    """Each weight tells where it stands: llama.cpp's order of rows is not the checkpoint's (rotary halves)."""
+    """Each weight's value says where it belongs: llama.cpp's order of rows is not the checkpoint's
+    (rotary halves)."""
     folder = tiny_model("llama").folder
     weights: dict[str, np.ndarray] = {}
     SourceModel(folder).each_tensor(lambda name, data, _: weights.__setitem__(name, evaluate(data).astype(np.float32)))
@@ -144,7 +148,8 @@ def test_experts_are_stacked(tiny_model, text, tmp_path):
 
 
 def test_an_expert_counts_by_its_share_once(tiny_model, text, tmp_path):
-    """Inputs are means over the tokens that came, gradients over all: their product has the share of tokens to the first power."""
+    """Inputs are means over the tokens that reached the expert, gradients over all: their product
+    contains the share of tokens once."""
     import torch
 
     folder = tiny_model("qwen2_moe").folder
@@ -173,7 +178,7 @@ def test_an_expert_counts_by_its_share_once(tiny_model, text, tmp_path):
 
 
 def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
-    """They have no statistics of their own, and are quantized as the others are."""
+    """They have no statistics of their own, and are quantized like the others."""
     import torch
 
     folder = tiny_model("qwen2_moe").folder
@@ -205,7 +210,7 @@ def test_experts_that_no_token_came_to(tiny_model, text, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_pictures(tiny_model, tmp_path_factory):
-    """A text model in one that knows pictures, too."""
+    """A text model inside one that also reads pictures."""
     import torch
     import transformers
 
@@ -228,7 +233,7 @@ def with_pictures(tiny_model, tmp_path_factory):
 
 
 def test_a_model_of_text_and_pictures(with_pictures, text, tmp_path):
-    """The names are the converter's; what sees pictures takes neither memory nor disk."""
+    """The names are the converter's; the part that sees pictures takes neither memory nor disk."""
     names = SourceModel(with_pictures).names()
     found = gather(with_pictures, text, n_sequences=1, names=names)
     assert not any("vision" in name or "language_model" in name for name in found.modules)
@@ -245,7 +250,7 @@ def test_unknown_names_are_told_before_the_runs(tiny_model, text):
 
 
 def test_own_text_is_what_the_model_writes(tiny_model, tmp_path):
-    """Documents end in it, and none of what the folder says about generating applies."""
+    """Documents end within it, and the folder's settings for generation do not apply."""
     import torch
     import transformers
 
@@ -266,7 +271,8 @@ def test_own_text_is_what_the_model_writes(tiny_model, tmp_path):
 
 
 def test_source_tells_what_was_read(tiny_model, text):
-    """Fewer sequences than asked for if the text is short; threads are torch's again afterwards."""
+    """A short text gives fewer sequences than asked for. Afterwards the number of threads is
+    torch's own again."""
     import torch
 
     before, threads, text_of_3 = torch.get_num_threads(), set(), text.with_name("three.txt")
@@ -299,13 +305,13 @@ def test_own_text_cache_and_resumption(tiny_model, tmp_path, monkeypatch):
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("hessian-*.npy")}
     assert "hessian-model.layers.0.self_attn.q_proj.npy" in kept and "writing text (sequences)" in runs
     broken = next((tmp_path / "cache").rglob(sorted(kept)[-1]))
-    broken.write_bytes(broken.read_bytes()[:-4])  # the machine stopped, too
+    broken.write_bytes(broken.read_bytes()[:-4])  # as if the machine had stopped, too
     del kept[broken.name]
     monkeypatch.setattr(gather_module, "own_text", None)  # the text is there
     resumed = gather(folder, None, n_sequences=2, seed=5)
     assert all(path.stat().st_mtime_ns == kept[path.name] for path in (tmp_path / "cache").rglob("hessian-*.npy") if path.name in kept)
-    monkeypatch.setattr(gather_module, "open_model", None)  # no model is loaded any more
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))  # nor would there be room
+    monkeypatch.setattr(gather_module, "open_model", None)  # no model is loaded from here on
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))  # and there would be no room for one
     again = gather(folder, None, n_sequences=2, seed=5)
     assert again.modules.keys() == resumed.modules.keys() and again.source == resumed.source
     monkeypatch.undo()
@@ -378,7 +384,8 @@ def test_no_room_in_the_cache(tiny_model, text, tmp_path, monkeypatch):
 
 
 def test_where_the_model_runs(tiny_model, text, tmp_path, monkeypatch):
-    """Weights are counted in the files that are loaded; a GPU that is too small is left alone; each precision has statistics of its own."""
+    """Weights are counted in the files that are loaded; a GPU that is too small is left alone; each
+    precision has statistics of its own."""
     import torch
 
     folder = tmp_path / "model"
@@ -451,7 +458,7 @@ def test_what_the_model_raises_is_one_line(tiny_model, text, tmp_path, monkeypat
 
 
 def test_fewer_positions_than_a_sequence(tiny_model, text):
-    """Learned ones end: the model cannot read further."""
+    """Learned positions end: the model cannot read further."""
     folder = tiny_model("gpt2").folder
     assert gather(folder, text, n_sequences=1).source.endswith(f"1 x {CONTEXT_HERE} tokens")
 
@@ -483,7 +490,8 @@ def test_what_cannot_be_calibrated(tiny_model, text, tmp_path, monkeypatch, caps
 
 
 def test_imatrix_files(tiny_model, converted, tmp_path, text_file, monkeypatch, capsys):
-    """Made by llama-imatrix on our own file, read by the converter; experts that no token came to do no harm."""
+    """Made by llama-imatrix on our own file, read by the converter; experts that no token reached
+    do no harm."""
     source, folder = converted("qwen2_moe", "EQ8-rows"), str(tiny_model("qwen2_moe").folder)
     imatrix = tmp_path / "imatrix.gguf"
     command = [runtime.tool("llama-imatrix"), "-m", source, "-f", text_file, "-o", imatrix, "-c", "64", "--chunks", "3"]
@@ -522,7 +530,8 @@ def divergence(reference, other) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
 def test_calibration_makes_it_better(tiny_model, text, text_file, tmp_path, name):
-    """Closer to the float model, on such text, than the same size without; the same bytes each time; the bits that were asked for."""
+    """On such text the file is closer to the float model than one of the same size without
+    calibration. Each run gives the same bytes, and the bits that were asked for."""
     import torch
     import transformers
     from running import logits

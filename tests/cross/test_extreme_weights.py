@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Weights that f16 does not hold: every recipe keeps them in a type that does and says so; file, decoded file, load mode and fused mode agree."""
+"""Weights that do not fit f16: every recipe keeps them in a type that holds them, and says so;
+file, decoded file, load mode and fused mode agree."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from entrollm_gguf.convert.recipes import RECIPES
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.inspect.decode import decode_file
 
-# What is done to which matrix, by the checkpoint's name and the GGUF's. None of them is permuted on its way into the GGUF, and no activation
-# becomes too large for an f16, to which llama.cpp rounds those of F16 weights.
+# What is done to which matrix, by the checkpoint's name and the GGUF's. None of them is permuted on
+# its way into the GGUF, and no activation becomes too large for an f16, to which llama.cpp rounds
+# those of F16 weights.
 _DAMAGE = [
     ("model.layers.0.mlp.down_proj", "blk.0.ffn_down", lambda w: w.__setitem__((3, 7), 1e5)),
     ("model.layers.1.mlp.down_proj", "blk.1.ffn_down", lambda w: w.mul_(1e6)),
@@ -101,7 +103,8 @@ def test_the_plan_and_the_summary_tell(extreme, tmp_path, capsys):
 
 
 def test_promises_count_what_stays_plain(extreme, tmp_path, capsys):
-    """The same model by bits of the whole: what is F32 takes from the rest, and too little is refused with the least."""
+    """The same model by bits of the whole file: F32 tensors leave less for the rest, and a target
+    that is too small is refused, naming the least."""
     folder, _ = extreme
     report = convert_model(folder, tmp_path / "bits.gguf", bits=8)
     assert 7.8 < sum(t.n_bytes for t in report.tensors) * 8 / report.n_weights <= 8
@@ -111,7 +114,8 @@ def test_promises_count_what_stays_plain(extreme, tmp_path, capsys):
 
 @pytest.fixture
 def overflowing(converted, tmp_path, monkeypatch):
-    """A file that this converter does not make: one offset is so large that F16 weights are infinite."""
+    """A file such as this converter does not make: one offset is so large that weights are infinite
+    as F16."""
     source = converted("mistral", "EQ8-paper")
     gguf = import_gguf()
     tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == "blk.0.ffn_down.weight")

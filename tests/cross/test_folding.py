@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Column equalisation before any quantization: the model computes the same, or nothing is folded."""
+"""Column equalisation before any quantization: the model computes the same, or nothing is
+folded."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def test_where_it_would_not_be_exact_nothing_is_folded(tiny_model, tmp_path, nam
 
 
 def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
-    """A router that does not fit, a matrix without statistics: no half folding."""
+    """With a router that does not fit, or a matrix without statistics, a norm is not folded at
+    all."""
     folder = tiny_model("llama").folder
     shapes = SourceModel(folder).outline().shapes
     statistics = random_statistics(shapes)
@@ -87,7 +89,8 @@ def test_an_unknown_reader_of_the_norm_forbids_it(tiny_model, tmp_path):
 
 
 def test_weights_that_are_no_floats_are_not_folded(tiny_model, tmp_path):
-    """Nothing can be multiplied into a quantized checkpoint's integers: neither what they read nor what they make is folded."""
+    """Nothing can be multiplied into a quantized checkpoint's integers: neither what they read nor
+    what they make is folded."""
     shapes = SourceModel(tiny_model("llama").folder).outline().shapes
     statistics = random_statistics(shapes)
     for name, unfolded in (

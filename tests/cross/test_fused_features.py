@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp does with stock types it does with entropy-coded ones in fused mode: adapters, contexts, state, imatrix, overrides, benches."""
+"""In fused mode llama.cpp does everything that it does with stock types: adapters, contexts, state,
+imatrix, overrides, benchmarks."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def run(name: str, *arguments, mode: str = "fused") -> subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def pair(converted, tmp_path_factory) -> tuple[Path, Path]:
-    """EQ8 without offsets, whose fused logits are those of Q8_0 but for rounding, and the Q8_0 file."""
+    """EQ8 without offsets, whose fused logits are those of Q8_0 except for rounding, and the Q8_0
+    file."""
     coded, plain = converted("llama", "EQ8-rows"), tmp_path_factory.mktemp("plain") / "plain.gguf"
     decode_file(coded, plain)
     return coded, plain
@@ -55,7 +57,8 @@ def nmse(found: np.ndarray, expected: np.ndarray) -> float:
     return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
-# Sums have another order than those of Q8_0. That alone leaves some 1e-14; an activation that is therefore rounded to the other side, 1e-4.
+# Sums are taken in another order than those of Q8_0. By itself this makes a difference of some
+# 1e-14; where it makes an activation round to the other side, 1e-4.
 SAME = 5e-4
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Whole models in fused mode: as close to the stock types as arithmetic allows, whatever the way to load."""
+"""Whole models in fused mode: as close to the stock types as arithmetic allows, in every way to
+load."""
 
 from __future__ import annotations
 
@@ -14,16 +15,18 @@ from running import logits
 from entrollm_gguf import runtime
 from entrollm_gguf.inspect.decode import decode_file
 
-# Without offsets the products are those of Q8_0 and Q4_0 in another order: 4e-15 measured on most of these models, 1e-4 where an activation
-# is therefore rounded to the other side. With offsets activations are rounded to two terms of 8 bits where F16 rounds nothing. Q4_1 rounds
-# them to one: 1e-3 is that type's own error, see the test below
+# Without offsets the products are those of Q8_0 and Q4_0 in another order: 4e-15 measured on most
+# of these models, 1e-4 where an activation is therefore rounded to the other side. With offsets
+# activations are rounded to two terms of 8 bits where F16 rounds nothing. Q4_1 rounds them to one:
+# 1e-3 is that type's own error, see the test below
 BOUNDS = {"EQ8-rows": 5e-4, "EQ4-rows": 5e-4, "EQ8-paper": 5e-4, "EQ4-mixed": 5e-4, "EQ4-paper": 2e-3}
 
 
 @pytest.mark.parametrize("recipe", BOUNDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fused_logits(converted, tmp_path, name, recipe):
-    """The overlay's own test: fused against the decoded-back file without repacking, all load modes, `auto`."""
+    """The overlay's own test: fused against the decoded-back file without repacking, all load
+    modes, `auto`."""
     check(converted(name, recipe), tmp_path, BOUNDS[recipe])
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 3n: its tables come evaluated from the converter class, and half of its weights are an embedding that is read row by row."""
+"""Gemma 3n: the converter class hands over its tables already evaluated, and half of its weights
+are an embedding that is read row by row."""
 
 from __future__ import annotations
 
@@ -42,5 +43,5 @@ def test_tables(gemma3n, tmp_path):
     types = {t.name: t.type_name for t in report.tensors}
     assert types["per_layer_token_embd.weight"] == "Q8_0" and types["token_embd.weight"] == "EQ8"
     assert {t.type_name for t in report.tensors if t.scheme.startswith("kept: not quantized by llama.cpp")} <= {"F16", "F32"}
-    assert not [t.name for t in report.tensors if t.type_name == "BF16"]  # rounding of this f32 checkpoint that nobody asked for
+    assert not [t.name for t in report.tensors if t.type_name == "BF16"]  # a rounding of this f32 checkpoint that nobody asked for
     assert np.isfinite(logits(tmp_path / "out.gguf")).all()

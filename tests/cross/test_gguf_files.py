@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Entropy-coded tensors in GGUF: both readers and writers, dump, split and merge, stock tools, damaged files."""
+"""Entropy-coded tensors in GGUF: both readers and writers, dump, split and merge, stock tools,
+damaged files."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from entrollm_gguf.runtime.pin import read_pin
 
 
 def write_gguf(path, n_experts: int = 3, tail: bool = False, alignment: int | None = None):
-    """A file with an F32, a 2-D EQ8, a 3-D EQ4 and, as last tensor or not, another F32 one. Returns the codes."""
+    """A file with an F32, a 2-D EQ8, a 3-D EQ4 and, as last tensor or not, another F32 one. Returns
+    the codes."""
     import gguf
 
     rng = np.random.default_rng(3)
@@ -66,7 +68,7 @@ def test_gguf_py_round_trip(tmp_path, tail, alignment):
 
 
 def test_a_fourth_dimension_of_one(tmp_path):
-    """It says nothing to ggml, and nothing to us: one notion of shape for both readers."""
+    """It means nothing to ggml and nothing to us: both readers have one notion of shape."""
     source = tmp_path / "three.gguf"
     write_gguf(source)
 
@@ -322,7 +324,8 @@ def test_stock_tools_refuse_by_themselves(tmp_path):
 
 
 def test_every_way_to_load(converted, tmp_path):
-    """The overlay's own test: all load modes, repacking, progress, cancelling, the mode switch; logits equal to the plain file's."""
+    """The overlay's own test: all load modes, repacking, progress, cancelling, the mode switch;
+    logits equal to the plain file's."""
     coded, plain = converted("qwen2", "EQ8-mixed"), tmp_path / "plain.gguf"
     decode_file(coded, plain)
     result = subprocess.run([runtime.tool("test-entropy-equal"), coded, plain, "5e-4"], capture_output=True, text=True)

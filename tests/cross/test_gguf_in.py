@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A GGUF of llama.cpp's converter gives the tensors that its folder gives; what was quantized before, split, coded or no model at all is told apart."""
+"""A GGUF of llama.cpp's converter gives the same tensors as its folder. Files that were quantized
+before, split or coded, or that are no model, are told apart."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from entrollm_gguf.inspect.verify import verify_file
 
 @pytest.fixture(scope="module")
 def as_gguf(tiny_model, tmp_path_factory):
-    """Function: (architecture, type) -> GGUF as convert_hf_to_gguf.py writes it. Each is made once."""
+    """Function: (architecture, type) -> GGUF as convert_hf_to_gguf.py writes it. Each is made
+    once."""
     folder = tmp_path_factory.mktemp("stock")
 
     def get(name: str, type_name: str) -> Path:
@@ -154,7 +156,8 @@ def test_input_and_output_in_one(as_gguf, tmp_path):
 
 
 def test_calibration(as_gguf, tmp_path, text_file):
-    """Where transformers reads the file and its vocabulary; else a line that names llama-imatrix."""
+    """It works where transformers reads the file and its vocabulary; elsewhere a line names
+    llama-imatrix."""
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     known = Calibration(text=text, n_sequences=4)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints whose weights are integers with a scale for each row: codes come out bit by bit. Groups of columns cannot be kept, which is said."""
+"""Checkpoints whose weights are integers with a scale for each row: codes come out bit by bit.
+Scales for groups of columns cannot be kept, and the user is told so."""
 
 from __future__ import annotations
 
@@ -134,7 +135,7 @@ def test_codes_are_kept(make, tmp_path, capsys, name):
 
 
 def test_groups_are_quantized_again(make, tmp_path):
-    """GPTQ in groups: said, and with the recipe that others have."""
+    """GPTQ in groups: the user is told, and the recipe is that of other models."""
     folder, _ = make("GPTQ-4")
     data = json.loads((folder / "config.json").read_text())
     data["quantization_config"]["group_size"] = 128
@@ -155,11 +156,11 @@ def test_what_the_weights_show(rng):
     assert found.scheme == "as-in-checkpoint" and found.kind is EntropyType.EQ8 and found.scale_error == 0
     assert np.array_equal(found.codes[[0, 1, 2, 4, 5]], codes[[0, 1, 2, 4, 5]]) and not found.codes[3].any()
     assert np.array_equal(found.codes * found.scales.reshape(-1, 1).astype(np.float32), weights)
-    # scales in f32 are rounded, and it is told
+    # scales in f32 are rounded, and the report says so
     odd = codes * np.float32(0.0123456)
     rounded = quantize_kept(odd, EntropyType.EQ8)
     assert np.array_equal(rounded.codes, codes) and 0 < rounded.scale_error <= 2.0**-11
-    # codes without 1: multiples of the smallest
+    # codes of which none is 1: multiples of the smallest
     sparse = (rng.integers(2, 6, (4, 64)) * np.float32(0.25)).astype(np.float32)
     assert np.array_equal(
         quantize_kept(sparse, EntropyType.EQ8).codes * quantize_kept(sparse, EntropyType.EQ8).scales.reshape(-1, 1), sparse

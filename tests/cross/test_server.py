@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""llama-server on entropy-coded files, through the standard OpenAI client; and models spread over rpc-servers."""
+"""llama-server on entropy-coded files, through the standard OpenAI client; and models spread over
+rpc-servers."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def final(result: subprocess.CompletedProcess) -> float:
 
 
 def test_two_rpc_servers(converted, text_file, tmp_path):
-    """How users outgrow one machine: half of the layers on each server, decoded at load, same perplexity. Fused is refused in one line."""
+    """For models that outgrow one machine: with the layers spread over two servers and decoded at
+    load, the perplexity is the same. Mode fused is refused in one line."""
     model = converted("llama", "EQ8-rows")
     alone = final(perplexity(model, text_file, "--no-repack"))
     with rpc_server(tmp_path) as first, rpc_server(tmp_path) as second:

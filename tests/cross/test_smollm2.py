@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A real model through recipes of every kind: sizes against entropy, perplexity in both modes against the decoded file, the tokenizer, a chat."""
+"""A real model through recipes of every kind: sizes against entropy, perplexity in both modes
+against the decoded file, the tokenizer, a chat."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.report import inspect_file
 from entrollm_gguf.inspect.verify import verify_file
 
-# every grid there is, the default and one that takes steps by rate far down; the other sizes differ from these in a number
+# every grid there is, the default, and a recipe with steps by rate at few bits; the other recipes
+# differ from these in a number only
 RECIPES = ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows", "EQ8", "EQ8-4.0")
 
 
@@ -59,9 +61,11 @@ def test_perplexity_of_both_modes_is_that_of_the_decoded_file(smollm2, short_tex
     assert plain > 1
     assert f"{perplexity(path, 'load'):.4g}" == f"{plain:.4g}"
     if recipe != "EQ4-paper":  # for that one, see the next test
-        # Without offsets products are those of Q8_0 and Q4_0 in another order, and such a type's perplexity itself changes by half a percent
-        # with the size of batches (docs/decisions.md). With offsets activations are rounded finely enough. What is compared are mean negative log
-        # likelihoods: EQ4-mixed leaves a model of perplexity 4e8, whose own says nothing.
+        # Without offsets products are those of Q8_0 and Q4_0 in another order, and such a type's
+        # perplexity itself changes by half a percent with the size of batches (docs/decisions.md).
+        # With offsets activations are rounded finely enough. What is compared are mean negative log
+        # likelihoods: EQ4-mixed leaves a model with a perplexity of 4e8, a number that says
+        # nothing.
         within = 0.006 if types <= {"Q8_0", "Q4_0"} else 0.001
         assert math.log(perplexity(path, "fused")) == pytest.approx(math.log(plain), rel=within)
     (tmp_path / "plain.gguf").unlink()  # hundreds of megabytes
@@ -69,7 +73,8 @@ def test_perplexity_of_both_modes_is_that_of_the_decoded_file(smollm2, short_tex
 
 @pytest.mark.slow
 def test_perplexity_of_uint4_is_that_of_its_weights(smollm2, text_file, tmp_path, monkeypatch):
-    """A collapsed model amplifies rounding: that of Q4_1's own kernels to some 2 %, so that fused mode is held against the weights in F32."""
+    """A collapsed model amplifies rounding, even that of Q4_1's own kernels to some 2 %. So fused
+    mode is compared with the weights in F32."""
     plain, exact = tmp_path / "plain.gguf", tmp_path / "f32.gguf"
     assert set(decode_file(smollm2("EQ4-paper"), plain).types) == {"Q4_1"}
     run_tool("llama-quantize", ["--allow-requantize", plain, exact, "F32"], model=plain)

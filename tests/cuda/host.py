@@ -56,11 +56,12 @@ class Weights:
 
 
 class KernelError(Exception):
-    """A kernel did something that a GPU may not forgive."""
+    """A kernel did something that a GPU would not tolerate."""
 
 
 def codec_library() -> Path:
-    """The library that the programs of this folder link: ggml-base of the runtime, or the one that tests of the codec use."""
+    """The library that the programs of this folder link: ggml-base of the runtime, or the one that
+    tests of the codec use."""
     named = os.environ.get("ENTROLLM_CODEC_LIBRARY")
     return Path(named) if named else runtime.library("ggml-base")
 
@@ -73,7 +74,8 @@ def patched_tree(folder: Path) -> Path:
 
 
 class HostKernels:
-    """Functions as in host_kernels.cpp. All take numpy arrays and return new ones; KernelError tells what went wrong."""
+    """Functions as in host_kernels.cpp. All take numpy arrays and return new ones; KernelError
+    tells what went wrong."""
 
     def __init__(self, llama_cpp: Path, folder: Path, *flags: str) -> None:
         library = folder / "libhostkernels.so"
@@ -130,7 +132,8 @@ class HostKernels:
             raise KernelError(error.decode())
 
     def make_lanes(self, kind: EntropyType, payload: np.ndarray, shape: tuple[int, int, int], device_size: int | None = None) -> np.ndarray:
-        """A payload of a file in the device layout, as the model loader makes it: uint8 (n_slabs * device_size,).
+        """A payload of a file in the device layout, as the model loader makes it: uint8 (n_slabs *
+        device_size,).
 
         Args:
             payload: uint8, all slabs.
@@ -160,7 +163,8 @@ class HostKernels:
         return out
 
     def mat_vec(self, weights: Weights, x: np.ndarray, ids: np.ndarray | None = None, **options) -> np.ndarray:
-        """x f32 (planes, columns, n_cols) -> (planes, columns, n_rows); with ids i32 (tokens, slots): (tokens, slots, n_rows)."""
+        """x f32 (planes, columns, n_cols) -> (planes, columns, n_rows); with ids i32 (tokens,
+        slots): (tokens, slots, n_rows)."""
         return self.mat_vec_pair(weights, None, x, ids, **options)[0]
 
     def mat_vec_pair(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What runs on a machine with a GPU, as far as it can be checked without one: the programs compile, the harness passes on the CPU, the pack has what
-run.py needs, and run.py sees what is wrong in what programs say."""
+"""What runs on a machine with a GPU, as far as it can be checked without one: the programs compile,
+the harness passes on the CPU, the pack has what run.py needs, and run.py sees what is wrong in what
+programs say."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def test_programs_compile(tree, name):
 
 
 def test_harness_on_the_cpu(tree, tmp_path):
-    """The checks that a GPU is to pass: they are right where the kernels are."""
+    """The checks that a GPU has to pass themselves pass where the kernels are right."""
     base = codec_library()
     includes = [Path(__file__).parent, *(tree / "ggml" / part for part in ("include", "src", "src/ggml-cuda"))]
     command = ["g++", "-x", "c++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function", "-Werror"]
@@ -53,7 +54,8 @@ def test_harness_on_the_cpu(tree, tmp_path):
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> gpu_run.Run:
-    """A pack, made and unpacked as it would be there; without xz and most of the models, which take a minute."""
+    """A pack, made and unpacked as it would be there; without xz and most of the models, which take
+    a minute."""
     folder = tmp_path_factory.mktemp("gpu-pack")
     pack.build(folder / "pack.tar", pack.MODELS[:1] + pack.MODELS[-1:])
     run = gpu_run.Run(folder / "pack.tar", folder / "out", folder / "work", 600)
@@ -95,7 +97,8 @@ def test_pack_has_what_run_needs(unpacked):
 
 
 def test_pack_configures(unpacked):
-    """All that was left out of the tree is not missed: cmake knows every program that run.py builds."""
+    """Nothing that was left out of the tree is missed: cmake knows every program that run.py
+    builds."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     build = unpacked.work / "build"
     command = ["cmake", "-S", unpacked.tree, "-B", build, "-G", "Ninja", *gpu_run.COMMON, "-DGGML_CUDA=OFF", "-DGGML_NATIVE=OFF"]
@@ -106,7 +109,8 @@ def test_pack_configures(unpacked):
 
 
 def test_another_pack(unpacked):
-    """The same pack is not unpacked again, whatever its time; of another, files that are the same keep theirs."""
+    """The same pack is not unpacked again, whatever its time. From another pack, files that are the
+    same keep their times."""
     harness, text = unpacked.gpu / "harness.cu", unpacked.work / "pack" / "text.txt"
     unpacked.state["steps"]["machine"] = {"result": {}}
     os.utime(unpacked.pack, (1, 1))
@@ -124,7 +128,7 @@ def test_another_pack(unpacked):
 
 
 def test_a_call_ends_in_time(tmp_path):
-    """With what its programs started: cmake's children would keep the pipe open."""
+    """The programs that it started end as well: cmake's children would keep the pipe open."""
     run = gpu_run.Run(tmp_path / "pack", tmp_path / "out", tmp_path / "work", 3)
     started = time.monotonic()
     with pytest.raises(gpu_run.OutOfTime):
@@ -133,7 +137,7 @@ def test_a_call_ends_in_time(tmp_path):
     assert "stopped after" in (tmp_path / "out" / "gpu-log.txt").read_text()
 
 
-# ---- what is wrong, from what programs say -----------------------------------------------------------------------------------------
+# ---- what is wrong, from what programs say -------------------------------------------------------
 
 
 def test_memory_and_speed_from_a_log():
@@ -205,7 +209,8 @@ def fake_machine(folder: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="no sh")
 def test_a_whole_call_that_fails(unpacked, tmp_path):
-    """Compilers that make nothing: every step is tried, fails, is told, and the call does not end with 0."""
+    """With compilers that make nothing, every step is tried, fails and is reported, and the exit
+    code is not 0."""
     command = [
         sys.executable,
         "-I",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels, thread by thread on the CPU (simt.h), against numpy, the reference decoder and the codec.
+"""The CUDA kernels, thread by thread on the CPU (simt.h), against numpy, the reference decoder and
+the codec.
 
-Payloads as in a file are brought into the device layout, as the model loader does it. Decoded weights are bit-exact. Sums of products
-differ from f64 by the rounding of f32.
+Payloads as in a file are brought into the device layout, as the model loader does it. Decoded
+weights are bit-exact. Sums of products differ from f64 by the rounding of f32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def weights(one: Made) -> Weights:
 
 
 def values(one: Made) -> np.ndarray:
-    """Weights f64 (n_slabs, n_rows, n_cols) from the codes, which the encoder's own tests hold against the reference decoder."""
+    """Weights f64 (n_slabs, n_rows, n_cols) from the codes, which the encoder's own tests compare
+    with the reference decoder."""
     offset = 0 if one.offsets is None else one.offsets[:, :, None].astype(np.float64)
     return one.codes * one.scales[:, :, None].astype(np.float64) + offset
 
@@ -81,7 +83,8 @@ def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_the_loader_makes_the_device_layout(kernels, rng, case):
-    """Bit by bit what the Python codec makes, which the reference decoder of the device layout accepts and decodes to the same codes."""
+    """Bit by bit what the Python codec makes, which the reference decoder of the device layout
+    accepts and decodes to the same codes."""
     one = make(case, rng)
     made = kernels.make_lanes(case.kind, one.payload, one.codes.shape)
     np.testing.assert_array_equal(made, weights(one).payload)
@@ -93,7 +96,7 @@ def test_the_loader_makes_the_device_layout(kernels, rng, case):
 
 @pytest.mark.parametrize("kind", EntropyType)
 def test_matrices_that_do_not_fit(kernels, rng, kind):
-    """A header that promises too little; more than is needed is filled up."""
+    """A header that promises too little is refused; what is promised beyond need is filled up."""
     one = make(Case(kind, 100, 192, 1, n_slabs=3, offset="row"), rng)
     size = codec.read_header(kind, one.payload, one.codes.shape).device_size
     with pytest.raises(KernelError, match=rf"slab \d needs {size}$"):
@@ -104,7 +107,8 @@ def test_matrices_that_do_not_fit(kernels, rng, kind):
 
 
 def test_large_matrices_by_several_threads(kernels, rng):
-    """Work in chunks of row groups: the result does not depend on them. The last group is not full."""
+    """The work is done in chunks of row groups, and the result does not depend on them. The last
+    group is not full."""
     for kind in EntropyType:
         codes = np.clip(np.rint(rng.normal(0, 3, (2, 1013, 2048))), *kind.code_range).astype(np.int8)
         scales = rng.uniform(0.001, 0.02, (2, 1013)).astype(np.float16)
@@ -121,7 +125,8 @@ def check_pair(kernels, one: Made, other: Made, **options) -> None:
         check(second, got[1])
 
 
-# rows of the second matrix: fewer, more, of the same number; the last row group full and not. A group of the wrong matrix shows: codes, scales and tables differ.
+# the second matrix has fewer rows, more, or the same number, and its last row group is full or not.
+# A group of the wrong matrix would show: codes, scales and tables differ.
 @pytest.mark.parametrize("kind", EntropyType)
 @pytest.mark.parametrize("n_columns", range(1, 9))
 def test_two_matrices_in_one_launch(kernels, rng, kind, n_columns):
@@ -134,7 +139,8 @@ def test_two_matrices_in_one_launch(kernels, rng, kind, n_columns):
 @pytest.mark.parametrize("n_columns", [1, 6])
 @pytest.mark.parametrize("offsets", [("row", "row"), ("none", "row"), ("one", "none")], ids=str)
 def test_two_matrices_with_offsets(kernels, rng, kind, n_columns, offsets):
-    """Columns take their second term if either matrix has offsets. Tiles and row lengths as in a model, several slices to a warp."""
+    """Columns take their second term if either matrix has offsets. Tiles and row lengths as in a
+    model, several slices to a warp."""
     case = Case(kind, 33, 1120, n_columns, offset=offsets[0], tile_cols=128)
     check_pair(kernels, make(case, rng), make(replace(case, n_rows=70, offset=offsets[1], tile_cols=256), rng), n_warps=3)
 
@@ -142,7 +148,8 @@ def test_two_matrices_with_offsets(kernels, rng, kind, n_columns, offsets):
 @pytest.mark.parametrize("kind", EntropyType)
 @pytest.mark.parametrize("n_tokens", range(1, 9))
 def test_experts_of_two_matrices(kernels, rng, kind, n_tokens):
-    """Gate and up of a MoE: an expert of each for every token and slot; odd numbers of tokens share a column between their slots."""
+    """Gate and up of a MoE: an expert of each for every token and slot; odd numbers of tokens share
+    a column between their slots."""
     case = Case(kind, 33, 64, n_tokens, n_slabs=5, n_used=2, offset="row" if n_tokens > 4 else "none")
     check_pair(kernels, make(case, rng), make(replace(case, n_rows=20 + 15 * n_tokens, codes="escapes"), rng))
 
@@ -158,7 +165,8 @@ def test_stacks_of_two_matrices(kernels, rng, kind):
 )
 @pytest.mark.parametrize("kind", EntropyType)
 def test_any_block(kernels, rng, kind, options):
-    """Fewer warps than slices, the smallest shared memory of any device, threads in the other order, copies that land early."""
+    """Fewer warps than slices, the smallest shared memory of any device, threads in the other
+    order, copies that land early."""
     one = make(Case(kind, 33, 1120, 2, offset="row", tile_cols=128), rng)
     check(one, kernels.mat_vec(weights(one), one.columns, **options))
     plain = "F16" if kind is EntropyType.EQ8 else "Q4_1"
@@ -194,7 +202,8 @@ def test_rows_of_the_stock_type_are_bit_exact(kernels, rng, case):
 @pytest.mark.parametrize("kind", EntropyType)
 @pytest.mark.parametrize("offset", ["none", "row"])
 def test_rows_for_batches(kernels, rng, kind, offset):
-    """F16 of either kind, and codes as Q8_0 or Q4_0 whose offsets are left out; a part of the row groups."""
+    """F16 of either kind, and codes as Q8_0 or Q4_0 whose offsets are left out; a part of the row
+    groups."""
     one = make(Case(kind, 100, 192, 1, offset=offset, n_slabs=2), rng)
     halves = kernels.decode(weights(one), "F16", 1, 2).view(np.float16)
     offsets = np.float32(0) if one.offsets is None else one.offsets[:, :, None].astype(np.float32)
@@ -230,9 +239,11 @@ def test_experts_that_are_used(kernels, rng):
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.2, 0.4])
 def test_lanes_that_drift_apart(kernels, rng, kind, share, early):
-    """Rows of one bit a symbol beside rows of escapes: more word rows between lanes than the ring has, so words come from global memory.
+    """Rows of one bit a symbol beside rows of escapes: more word rows between lanes than the ring
+    has, so words come from global memory.
 
-    With a share of such codes the lanes drift slowly, and the ring is as full as it can be for many units before that.
+    With a share of such codes the lanes drift slowly, and the ring is as full as it can be for many
+    units before that.
     """
     low, high = kind.code_range
     codes = np.full((1, 40, 1024), 1, np.int8)
@@ -253,7 +264,8 @@ def test_lanes_that_drift_apart(kernels, rng, kind, share, early):
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("n_far", [48, 120])
 def test_bursts_of_long_codes(kernels, rng, kind, n_far, early):
-    """Columns in which all rows have the longest codes, among columns of short ones: a dozen words of every lane at a time."""
+    """Columns in which all rows have the longest codes, among columns of short ones: a dozen words
+    of every lane at a time."""
     low, high = kind.code_range
     # halves, quarters, ... of seven symbols take the short prefixes
     common = np.minimum(rng.geometric(0.5, (1, 32, 16384)), 7) - 4
@@ -271,7 +283,8 @@ def test_bursts_of_long_codes(kernels, rng, kind, n_far, early):
 
 @pytest.mark.parametrize("kind", EntropyType)
 def test_activations_that_are_not_exact(kernels, rng, kind):
-    """int8 once without offsets, twice with them (docs/decisions.md): the errors of 8 and of some 16 bits."""
+    """int8 once without offsets, twice with them (docs/decisions.md): the errors of 8 and of some
+    16 bits."""
     x = rng.normal(0, 1, (1, 3, 1024)).astype(np.float32)
     x[0, 1] = 0
     for offset, bound in (("none", 3e-3), ("row", 2e-5)):
@@ -310,7 +323,8 @@ def test_damaged_streams_stay_in_bounds(kernels, rng, kind):
 @pytest.mark.parametrize("offset", ["none", "row"])
 @pytest.mark.parametrize("fill", [0, 255])
 def test_experts_that_were_not_copied(kernels, rng, kind, offset, fill):
-    """A scheduler may bring only the experts that are used to a device: no kernel may look at others, not even for what all have in common."""
+    """A scheduler may copy only the experts in use to a device: no kernel may look at others, not
+    even for what all have in common."""
     case = Case(kind, 33, 64, 5, n_slabs=4, n_used=2, offset=offset)
     one, other = make(case, rng), make(replace(case, n_rows=40), rng)
     one.ids = rng.permuted(np.tile(np.array([1, 3], np.int32), (5, 1)), axis=1)
@@ -320,7 +334,7 @@ def test_experts_that_were_not_copied(kernels, rng, kind, offset, fill):
         there = weights(full)
         others = there.payload.reshape(4, -1)[::2]
         others[:] = fill
-        others[:, 36] = 32  # the width of tiles: a division by zero would end the test program
+        others[:, 36] = 32  # the width of tiles, a division by which would end the test program
         return there
 
     check(one, kernels.mat_vec(copied(one), one.columns, one.ids))
@@ -328,7 +342,7 @@ def test_experts_that_were_not_copied(kernels, rng, kind, offset, fill):
     check(one, both[0])
     check(other, both[1])
 
-    # columns of real models: a second term that is missing shows
+    # as many columns as in real models, where a missing second term shows
     one.columns = rng.normal(0, 1, one.columns.shape).astype(np.float32)
     expected, size = one.expected(values(one))
     error = np.abs(kernels.mat_vec(copied(one), one.columns, one.ids) - expected) / np.maximum(size, 1e-30)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""All CUDA sources that are ours or patched compile, without warnings, and the inner loop is as short as it was."""
+"""All CUDA sources that are ours or patched compile, without warnings, and the inner loop is as
+short as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import objects
 
 
 def _missing() -> str | None:
-    """Why CUDA sources are not compiled here. In CI that is worth a warning: nobody reads the list of skipped tests."""
+    """Why CUDA sources are not compiled here, or None. In CI it is a warning as well, since nobody
+    reads the list of skipped tests."""
     try:
         objects.nvcc()
     except objects.CompileError as error:
@@ -49,7 +51,8 @@ def test_instructions_per_weight(compiled):
     loops = objects.count(compiled)
     assert {loop.kernel for loop in loops} == {f"{kind} x {n}" for kind in ("EQ8", "EQ4") for n in range(1, 9)}
     assert not objects.over_budget(loops)
-    # what a unit cannot do without: three words and four look-ups for four symbols, a dot product for four weights and for a look-up
+    # the least that a unit needs: three words and four look-ups for four symbols, a dot product for
+    # four weights and for a look-up
     one = next(loop for loop in loops if loop.kernel == "EQ8 x 1")
     assert one.by_name["LDS"] >= 56 and one.by_name["IDP"] == 8 + 32
     longer = [instructions.Loop("EQ8 x 1", 400, 60, {})]
@@ -57,7 +60,8 @@ def test_instructions_per_weight(compiled):
 
 
 def test_the_compiler_that_is_meant(monkeypatch, tmp_path):
-    """CUDACXX wins over PATH, as in CMake; one that is not there is an error, not another compiler."""
+    """CUDACXX wins over PATH, as in CMake; one that is not there is an error, not another
+    compiler."""
     compiler = tmp_path / "nvcc"
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)

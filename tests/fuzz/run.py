@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Fuzzing with fresh seeds: `python tests/fuzz/run.py MINUTES [SEED]` (`make fuzz`), on the AddressSanitizer and UBSan build.
+"""Fuzzing with fresh seeds: `python tests/fuzz/run.py MINUTES [SEED]` (`make fuzz`), on the
+AddressSanitizer and UBSan build.
 
-Rounds until the time is up, each with a seed of its own: the codec's property tests with other examples (hypothesis), in an instrumented library,
-and damaged model files through the loader in load and fused mode. A failure prints its seed and the command that repeats the round.
+Rounds until the time is up, each with a seed of its own: the codec's property tests with other
+examples (hypothesis), in an instrumented library, and damaged model files through the loader in
+load and fused mode. A failure prints its seed and the command that repeats the round.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def codec_round(built: Path, seed: int) -> bool:
     """Hypothesis with this seed; whether all went well."""
     environment = {
         **os.environ,
-        # the interpreter is not instrumented, so the runtime comes by preload, and Python's own allocations look like leaks
+        # the interpreter is not instrumented, so the sanitizer's runtime is preloaded, and Python's
+        # own allocations look like leaks
         "ASAN_OPTIONS": f"detect_leaks=0 {ASAN}",
         "UBSAN_OPTIONS": "halt_on_error=1 print_stacktrace=1",
         "LD_PRELOAD": f"{gcc_library('libasan.so')} {gcc_library('libubsan.so')}",
@@ -51,7 +54,7 @@ def codec_round(built: Path, seed: int) -> bool:
 
 def loader_round(built: Path, model: Path, mode: str, seed: int) -> bool:
     """Damaged copies of a model through the loader; whether all went well."""
-    # every byte is somebody's turn: the seed chooses one of as many parts as rounds have room for
+    # every byte gets its turn: the seed chooses one of as many parts as a round can manage
     parts = max(1, 2 * model.stat().st_size // POSITIONS)
     arguments = ["--stride", "1", "--truncations", str(TRUNCATIONS * parts), "--jobs", f"{parts}/{seed % parts + 1}"]
     command = [built / "test-entropy-load", model, "--seed", str(seed), *arguments]
@@ -59,7 +62,7 @@ def loader_round(built: Path, model: Path, mode: str, seed: int) -> bool:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     last = result.stdout.rstrip().splitlines()[-1] if result.stdout.strip() else "no output"
     ours = "runtime error" in result.stderr and "entropy" in result.stderr
-    result.returncode = result.returncode or int(ours)  # UBSan reports and goes on; upstream's own findings are not ours to fail on
+    result.returncode = result.returncode or int(ours)  # UBSan reports and goes on; findings in upstream's own code are no failure of ours
     return told(result, f"loader, {model.stem}, {mode}: {last}")
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Damaged payloads by name, at least one per rule of docs/format.md. Free of pytest and of any decoder: several tests run them."""
+"""Damaged payloads by name, at least one per rule of docs/format.md. Free of pytest and of any
+decoder: several tests run them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Case:
 
 NAME = "blk.0.ffn_up.weight"  # of every case's tensor
 
-# three row groups, the last one with 3 rows, of 16 units; codes that use direct codes, classes, and the far stream
+# three row groups, the last one with 3 rows, of 16 units; codes that use direct codes, classes, and
+# the far stream
 ROWS, COLS = 35, 64
 CODE = {1: make_code(5, 3, 1, -12), 2: make_code(2, 0, 2, -1)}
 RAW_SIZE = {1: 16 * 8 * 5, 2: 16 * 8 * 2}
@@ -159,7 +161,7 @@ _add("reserved-byte-of-the-code", "bad-table", _put("B", PARAMETERS + 15, 1))
 
 
 def _set_code(d: bytearray, raw_bits: int, bin_bits: int, tail: int) -> None:
-    """Nothing else wrong, class 0 included."""
+    """Nothing else is wrong, class 0 included."""
     n_direct = 256 if raw_bits == 8 else (1 << raw_bits) - (1 << bin_bits)
     d[PARAMETERS : PARAMETERS + 16] = struct.pack("<BBBbB11s", raw_bits, bin_bits, tail, 0, n_direct % 256 if tail else 0, bytes(11))
 
@@ -189,7 +191,8 @@ def _begin(d: bytearray, group: int) -> int:
 
 
 def _claim_many_rows() -> Built:
-    """A header of 2^31 - 1 rows, in itself consistent but for the body, which is that of one group."""
+    """A header of 2^31 - 1 rows. It is consistent in itself, except for the body, which is that of
+    one group."""
     n_rows = 2**31 - 1
     d = bytearray(encode_slab(np.zeros((16, 32), np.int8), 1, np.float16([1]), name=NAME))
     body = 256 + -(-4 * -(-n_rows // 16) // 64) * 64
@@ -213,7 +216,8 @@ _add("body-inverted", "bad-stream", lambda d: _fill(d, lambda body: 255 - body),
 _add("body-zero", "bad-stream", lambda d: _fill(d, lambda body: body * 0), verdict="accept")
 _add("body-ones", "bad-stream", lambda d: _fill(d, lambda body: body * 0 + 255), verdict="accept")
 _add("q4-body-ones", "bad-stream", lambda d: _fill(d, lambda body: body * 0 + 255), verdict="accept", kind=2)
-# row 3 of the last group is the first one that does not exist: weights 12 on, in bytes 12 on of the nibbles
+# row 3 of the last group is the first one that does not exist: its weights are those from 12 on, in
+# the nibbles' bytes from 12 on
 _add("missing-row-not-zero", "bad-stream", lambda d: _put_in(BODY, "B", 8 * _begin(d, 2) + 12, 1)(d), verdict="accept")
 _add("group-longer", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail + bytes(8) + far), verdict="accept")
 _add("group-shorter", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail[:-8] + far), verdict="accept")
@@ -230,7 +234,8 @@ def _fill(d: bytearray, change: Callable[[np.ndarray], np.ndarray]) -> None:
 
 
 def _regroup(d: bytearray, change: Callable[[bytes, bytes], bytes]) -> bytearray:
-    """Change what follows the raw bits of the last group: change(tail with the padding, far stream). All sections are consistent again."""
+    """Change what follows the raw bits of the last group: change(tail with the padding, far
+    stream). All sections are consistent again."""
     begin = _field(d, BODY) + 8 * _begin(d, 2) + RAW_SIZE[1]
     end = _field(d, BODY) + _field(d, BODY_SIZE)
     n_far = int(((_codes(1)[32:] < -36) | (_codes(1)[32:] > 35)).sum())  # neither direct nor in one of six classes of 8 codes
@@ -243,14 +248,16 @@ def _regroup(d: bytearray, change: Callable[[bytes, bytes], bytes]) -> bytearray
 
 
 def _one_tail() -> np.ndarray:
-    """All weights of the last group are direct but one in its first unit, whose tail is of zero bits."""
+    """All weights of the last group are direct but one in its first unit, whose tail is of zero
+    bits."""
     codes = _codes(1)
     codes[32:] = 0
     codes[32, 0] = 12  # the first code of class 0
     return codes
 
 
-# a decoder moves its position back to the end of the group in unit 4: verify must see the bits that were missing before
+# a decoder moves its position back to the end of the group in unit 4: verify must see the bits that
+# were missing before
 _add("tail-of-zero-bits-missing", "bad-stream", lambda d: _regroup(d, lambda tail, far: b""), verdict="accept", codes=_one_tail())
 
 

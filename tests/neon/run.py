@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Codec and CPU ops for aarch64, cross-compiled and run under qemu-user: `python tests/neon/run.py` (`make test-neon`).
+"""Codec and CPU ops for aarch64, cross-compiled and run under qemu-user: `python tests/neon/run.py`
+(`make test-neon`).
 
-The golden vectors go through the portable C decoder and through that of every kernel level, neon first; MUL_MAT, MUL_MAT_ID and GET_ROWS run at every
-level against numpy. The tests are those of x86: test_fused_ops.py takes the program that ENTROLLM_OPS_COMMAND names.
+The golden vectors go through the portable C decoder and through that of every kernel level, neon
+first; MUL_MAT, MUL_MAT_ID and GET_ROWS run at every level against numpy. The tests are those of
+x86: test_fused_ops.py takes the program that ENTROLLM_OPS_COMMAND names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Slow, readable decoder written from docs/format.md: the oracle of all tests. It shares no code with the codec.
+"""Slow, readable decoder written from docs/format.md: the oracle of all tests. It shares no code
+with the codec.
 
-Section numbers are the document's. This is the plane layout, which stands in files; lanes.py beside it reads the device layout.
+Section numbers are the document's. This is the plane layout, which stands in files; lanes.py beside
+it reads the device layout.
 """
 
 from __future__ import annotations
@@ -292,7 +294,8 @@ class Group:
 
 
 def decode_group(slab: Slab, group: int) -> Group:
-    """Defined for any bits behind a validated header and index."""
+    """Decode a row group. The result is defined for any bits behind a validated header and
+    index."""
     code, D = slab.code, slab.code.n_direct
     begin, end = slab.group_extent(group)
     raw_end = begin + slab.raw_size
@@ -363,7 +366,7 @@ def decode_plain(slab: Slab) -> tuple[str, bytes]:
 
 
 def slab_hash(data: bytes, name: str, i_slab: int) -> int:
-    """5.1: its seed holds the tensor's name and the slab's number."""
+    """5.1: the seed depends on the tensor's name and the slab's number."""
     seed = xxhash.xxh64_intdigest(name.encode(), seed=0) + i_slab
     return xxhash.xxh64_intdigest(data[16:], seed=seed % (1 << 64))
 

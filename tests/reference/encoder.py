@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Simple encoder written from docs/format.md, independent of the codec: for cross tests, and to make damaged files from.
+"""Simple encoder written from docs/format.md, independent of the codec: for cross tests, and to
+make damaged files from.
 
 Its codes are valid, not optimal.
 """
@@ -17,7 +18,8 @@ def make_code(raw_bits: int, bin_bits: int, tail: int, base: int, bins: tuple[in
     """A code, from its parameters (5.2).
 
     Args:
-        bins: first codes of the classes from class 1 on; without, bins lie side by side, by turns below and above the direct interval.
+        bins: first codes of the classes from class 1 on. By default, bins lie side by side,
+            alternately below and above the direct interval.
     """
     assert (tail == 0) == (raw_bits == 8)
     empty = Code(raw_bits, bin_bits, tail, base, ())
@@ -43,9 +45,11 @@ def default_code(codes: np.ndarray) -> Code:
 
 
 def encode_unit(codes: np.ndarray, exists: np.ndarray, code: Code) -> tuple[np.ndarray, list[np.ndarray], bytes]:
-    """5.6: raw numbers of a unit, its bit planes, and its part of the far stream. Arrays have 64 entries, in the order of weights.
+    """5.6: raw numbers of a unit, its bit planes, and its part of the far stream. Arrays have 64
+    entries, in the order of weights.
 
-    A weight is coded directly, else by the first class that holds it, else it is far (7). Weights that do not exist have r = 0.
+    A weight is coded directly, else by the first class that holds it, else it is far (7). Weights
+    that do not exist have r = 0.
     """
     D, far = code.n_direct, code.n_classes
     places = (codes - code.base) % 256
@@ -103,7 +107,8 @@ def encode_group(codes: np.ndarray, code: Code) -> bytes:
 
 
 def device_size_bound(n_rows: int, n_cols: int, tile_cols: int) -> int:
-    """5.1: as many bytes as a slab may take in the device layout, with codes of 15 bits everywhere."""
+    """5.1: the most bytes that a slab may take in the device layout, with codes of 15 bits
+    everywhere."""
     n_tiles = ceil_div(n_rows, 32) * ceil_div(n_cols, tile_cols)
     return (4096 + 6 * n_rows + 176 * n_tiles + 2 * n_rows * n_cols) // 256 * 256
 
@@ -189,10 +194,11 @@ def rehash(slab: bytes, name: str = "", i_slab: int = 0) -> bytes:
 
 
 def scramble(slab: bytes, rng: np.random.Generator) -> bytes:
-    """The slab with random bits behind its header and its scales: an index of any groups that a reader accepts, and any body and slack.
+    """The slab with random bits behind its header and its scales: an index of arbitrary groups that
+    a reader accepts, and any body and slack.
 
-    A third of the bodies each are even noise, mostly ones and mostly zeros; in every other one all groups but the last are as short as
-    can be.
+    A third of the bodies are even noise, a third mostly ones, and a third mostly zeros. In every
+    other one, all groups except the last are as short as possible.
     """
     header = _HEADER.unpack_from(slab)
     n_cols, n_rows, index_at, body_at, body_size, raw_bits = header[6], header[7], header[17], header[18], header[19], slab[96]

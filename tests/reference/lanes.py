@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Slow, readable decoder of the device layout, written from section 8 of docs/format.md.
 
-A host makes this layout, so what is wrong in it is a bug: an AssertionError.
+A host makes this layout, so a mistake in it is a bug, and raises AssertionError.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parse(data: bytes, plane: Slab) -> LaneSlab:
 
     Args:
         data: device_size bytes.
-        plane: the slab in the plane layout that it was made of.
+        plane: the slab in the plane layout from which it was made.
     Raises:
         AssertionError: it is not what section 8 says.
     """
@@ -200,7 +200,7 @@ def verify(slab: LaneSlab) -> None:
 
 
 def parse_tensor(data: bytes, planes: list[Slab]) -> list[LaneSlab]:
-    """All slabs of a tensor, made of the slabs in `planes`."""
+    """All slabs of a tensor, which were made from the slabs in `planes`."""
     size = planes[0].device_size
     assert len(data) == size * len(planes)
     return [parse(data[i * size : (i + 1) * size], plane) for i, plane in enumerate(planes)]

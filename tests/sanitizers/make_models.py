@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Small entropy-coded models for the loader's damage tests: `python make_models.py FOLDER`. Prints their paths."""
+"""Small entropy-coded models for the loader's damage tests: `python make_models.py FOLDER`. Prints
+their paths."""
 
 from __future__ import annotations
 

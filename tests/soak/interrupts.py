@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Conversions over a good output, ended by a signal at a random moment: the old file stays, or the new one is whole. `make test-soak`; SOAK_INTERRUPTS runs (40)."""
+"""Conversions over a good output, ended by a signal at a random moment: the old file stays, or the
+new one is whole. `make test-soak`; SOAK_INTERRUPTS runs (40)."""
 
 from __future__ import annotations
 
@@ -47,13 +48,13 @@ def test_outputs_survive(tiny_model, tmp_path, seed):
         finished = process.returncode == 0
         assert finished or "Traceback" not in said or _before_the_command(said), (seed, i, number, said)
         ends[f"{signal.Signals(number).name} {'too late' if finished else 'in time'}"] += 1
-    # what the last SIGKILL left is no obstacle, and goes
+    # what the last SIGKILL left behind is no obstacle, and is removed
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert verify_file(out).problems == () and [path.name for path in tmp_path.iterdir()] == [out.name]
     print(f"seed {seed}, a conversion takes {whole:.1f} s: {dict(ends)}")
 
 
 def _before_the_command(said: str) -> bool:
-    """Python itself answers a signal that comes while it still imports."""
+    """Whether Python itself answered a signal that came while it was still importing."""
     frames = [line for line in said.splitlines() if line.lstrip().startswith("File ")]
     return not any(Path("convert/pipeline.py").as_posix() in line for line in frames)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""llama-server under eight streams that break off, malformed requests and prompts beyond the context: no crash, no stuck slot, memory that stays. `make test-soak`; SOAK_MINUTES each (5)."""
+"""llama-server under eight streams that break off, malformed requests and prompts beyond the
+context: no crash, no stuck slot, no growing memory. `make test-soak`; SOAK_MINUTES each (5)."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_server_stays_up(smollm2_hf, tmp_path, mode):
     model = tmp_path / "model.gguf"
     convert_model(smollm2_hf, model, recipe="EQ8-rows")
     seed, ends, problems = int(time.time()), Counter(), []
-    # its prompt cache grows to gigabytes by design: without it whatever grows is a leak
+    # its prompt cache grows to gigabytes by design; without that cache, whatever grows is a leak
     with llama_server(model, tmp_path, "--parallel", str(STREAMS), "--slots", "--cache-ram", "0") as (address, log):
         (process,) = [one for one in psutil.process_iter(["cmdline"]) if str(model) in (one.info["cmdline"] or [])]
         until = time.monotonic() + 60 * MINUTES

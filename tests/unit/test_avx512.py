@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Kernel level avx512 against ref, natively where the processor has it, else over SIMDe's emulation (Debian: libsimde-dev), which needs AVX2 and BMI2."""
+"""Kernel level avx512 against ref, natively where the processor has it, else over SIMDe's emulation
+(Debian: libsimde-dev), which needs AVX2 and BMI2."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _flags() -> set[str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="a kernel of x86-64")
 def test_codes_and_products(tmp_path):
-    """About a thousand random codes, streams and blocks of columns; the program says what differs."""
+    """About a thousand random codes, streams and blocks of columns; the program says what
+    differs."""
     flags = _flags()
     if {"avx512f", "avx512bw", "avx512_vnni"} <= flags:
         options = []

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Model folders that are incomplete, or hold more than one save, are refused with a line that names the file."""
+"""Model folders that are incomplete, or hold more than one save, are refused with a line that names
+the file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The plan of a code: the best there is of its family (docs/format.md 7), close to the entropy, and told truthfully."""
+"""The plan of a code: it is the best of its family (docs/format.md 7), close to the entropy, and
+describes itself correctly."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def cost_of_plan(plan: codec.CodePlan, n_weights: int) -> float:
 
 
 def least_cost(counts: np.ndarray) -> float:
-    """Of all codes of the family: every B, k and tail shape, bases among the codes that occur, and every number of bins above and below.
-    Nothing wraps around."""
+    """Of all codes of the family: every B, k and tail shape, bases among the codes that occur, and
+    every number of bins above and below. Nothing wraps around."""
     total, margin = int(counts.sum()), 1024
     first, last = np.flatnonzero(counts)[[0, -1]]
     # [margin + u]: of the codes below u = q + 128
@@ -70,14 +71,15 @@ def least_cost(counts: np.ndarray) -> float:
                 base = margin + np.arange(lowest, max(lowest, min(last - n_direct + 1, 256 - n_direct)) + 1)
 
                 def count(start: int, width: int) -> np.ndarray:
-                    """How many weights lie in the `width` codes from base + start on, for every base."""
+                    """How many weights lie in the `width` codes from base + start on, for every
+                    base."""
                     return sums[base + start + width] - sums[base + start]
 
                 direct = count(0, n_direct)
                 for n_above in range(1, n_classes + 1):
                     above = [count(n_direct + i * size, size) for i in range(n_above)]
                     below = [count(-(i + 1) * size, size) for i in range(n_classes - n_above)]
-                    others = np.sort(np.stack(above[1:] + below), axis=0)[::-1]  # the more often, the shorter
+                    others = np.sort(np.stack(above[1:] + below), axis=0)[::-1]  # codes that occur more often are shorter
                     bins = np.concatenate([above[:1], others])
                     far = total - direct - bins.sum(axis=0)
                     n_bits = raw_bits * total + lengths @ bins + far * (n_planes + 8)
@@ -163,7 +165,7 @@ def test_same_counts_same_plan():
 
 
 def test_parts_are_counted(rng):
-    """What `inspect` shows is what the plan counted."""
+    """`inspect` shows what the plan counted."""
     counts = np.bincount(np.clip(np.rint(rng.normal(128, 20, 10000)), 0, 255).astype(int), minlength=256).astype(np.uint64)
     plan = check_plan(counts)
     usage = plan.code.usage(counts)

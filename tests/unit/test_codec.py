@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The C codec against the reference decoder and encoder, which were written from docs/format.md alone."""
+"""The C codec against the reference decoder and encoder, which were written from docs/format.md
+alone."""
 
 from __future__ import annotations
 
@@ -89,7 +90,7 @@ def test_c_decodes_what_the_reference_encodes(rng, kind, shape):
 
 @pytest.mark.parametrize("raw_bits", range(1, 9))
 def test_c_decodes_every_code(rng, raw_bits):
-    """All k and tail shapes: what they say, and what random bits mean under them."""
+    """All k and tail shapes: what their parameters say, and what random bits mean under them."""
     shape = (19, 96)
     q = rng.integers(-128, 128, shape).astype(np.int8)
     for bin_bits in range(raw_bits) if raw_bits < 8 else [0]:
@@ -135,7 +136,7 @@ def test_one_symbol(symbol):
 
 
 def test_rare_codes_are_far(rng):
-    # one value nearly always, every other value once: more than there are classes
+    # one value nearly always, and every other value once, which are more than there are classes
     q = np.zeros((64, 1024), np.int8)
     q.reshape(-1)[rng.choice(q.size, 255, replace=False)] = np.delete(np.arange(-128, 128), 128)
     encoded = codec.encode(EQ8, q, np.float16([1]))
@@ -217,7 +218,7 @@ def test_the_hash_knows_name_and_place(rng):
     swapped = np.concatenate(np.split(payload, 2)[::-1])
     with pytest.raises(FormatError, match="a label: hash"):
         codec.verify(EQ8, swapped, q.shape, NAME, label="a label")
-    assert np.array_equal(codec.decode(EQ8, swapped, q.shape), q[::-1])  # a loader does not look
+    assert np.array_equal(codec.decode(EQ8, swapped, q.shape), q[::-1])  # a loader does not look at it
 
 
 @settings(deadline=None, max_examples=60)
@@ -250,7 +251,8 @@ def test_round_trip(kind, n_rows, n_blocks, tile_blocks, spread, seed):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_bits_decode_as_the_reference_says(kind, n_rows, n_blocks, raw_bits, seed):
-    """Random bodies behind valid headers and indices, decoded to codes, to a stock type, and to the device layout."""
+    """Random bodies behind valid headers and indices, decoded to codes, to a stock type, and to the
+    device layout."""
     rng = np.random.default_rng(seed)
     shape = (n_rows, 32 * n_blocks)
     tail = 0 if raw_bits == 8 else int(rng.choice([shape for shape in ref_decoder.TAIL_SHAPES if shape]))
@@ -268,7 +270,7 @@ def test_any_bits_decode_as_the_reference_says(kind, n_rows, n_blocks, raw_bits,
 
 
 def test_codes_that_do_not_fit_the_promised_device_layout_are_refused(rng):
-    """The size in the header is that of codes all alike: random ones take more."""
+    """The size in the header is for codes that are all alike; random ones take more."""
     q = np.zeros((32, 256), np.int8)
     payload = codec.encode(EQ8, q, np.float16([1])).payload.copy()
     body, size = payload[80:96].view(np.uint64).astype(int)

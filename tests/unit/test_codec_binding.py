@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The binding itself: ctypes mirrors against the tables of docs/format.md, what an open payload tells, the words for a code."""
+"""The binding itself: ctypes mirrors compared with the tables of docs/format.md, what an open
+payload tells, a code in words."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_counts_of_matrices_and_stacks(rng):
 
 @pytest.mark.parametrize("kind, sigma", [(EQ8, 0.3), (EQ8, 2.0), (EQ8, 9.0), (EQ8, 37.0), (EQ4, 0.6), (EQ4, 2.5)])
 def test_a_code_in_words(rng, kind, sigma):
-    """Lengths and shares that Python derives from a code's parameters are those that C plans with."""
+    """Lengths and shares that Python derives from a code's parameters are those that C plans
+    with."""
     counts = codec.count_codes(kind, some_codes(rng, kind, (64, 512), sigma))
     plan = codec.plan_code(counts)
     assert np.array_equal(plan.code.lengths(), plan.lengths)

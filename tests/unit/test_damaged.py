@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Damaged payloads at random: the codec and the reference decoder come to the same verdict, and to the same codes where they accept.
+"""Damaged payloads at random: the codec and the reference decoder come to the same verdict, and to
+the same codes where they accept.
 
 `make fuzz` runs this with fresh seeds for minutes, under AddressSanitizer.
 """
@@ -27,7 +28,8 @@ INDEX = json.loads((VECTORS / "index.json").read_text())
 
 @st.composite
 def damaged(draw) -> tuple[dict, bytes]:
-    """A vector and its payload with some bytes changed, most of them where a reader looks first, or with a random body; sometimes cut."""
+    """A vector and its payload with some bytes changed, most of them where a reader looks first, or
+    with a random body; sometimes cut."""
     entry = draw(st.sampled_from(INDEX))
     payload = bytearray((VECTORS / f"{entry['name']}.payload").read_bytes())
     slab_size, index_at, body_at = (struct.unpack_from("<Q", payload, at)[0] for at in (16, 72, 80))
@@ -40,7 +42,7 @@ def damaged(draw) -> tuple[dict, bytes]:
     for place in draw(st.lists(places, min_size=0, max_size=4)):
         at = first + place
         payload[at] = draw(st.one_of(st.integers(0, 255), st.sampled_from([payload[at] ^ 1 << bit for bit in range(8)])))
-    if draw(st.booleans()):  # with the right hash verify comes to what is behind it
+    if draw(st.booleans()):  # with the right hash, verify gets to the checks behind it
         slabs = [bytes(payload[at : at + slab_size]) for at in range(0, len(payload), slab_size)]
         payload = bytearray(b"".join(ref_encoder.rehash(slab, entry["name"], i) for i, slab in enumerate(slabs)))
     if draw(st.integers(0, 9)) == 0:
@@ -87,6 +89,6 @@ def test_both_decoders_agree(case):
     assert (found is None) == (expected is None)
     assert found is None or np.array_equal(found, expected)
     assert accepted == exact
-    if found is not None:  # in bounds, and nothing else: the size that the header promises may not suffice for other codes
+    if found is not None:  # it only has to stay in bounds: the size that the header promises may not suffice for other codes
         with contextlib.suppress(FormatError):
             codec.to_lanes(EntropyType[entry["type"]], np.frombuffer(data, np.uint8), tuple(entry["shape"]))

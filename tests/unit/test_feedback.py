@@ -15,7 +15,7 @@ TOP = 127
 
 
 def correlated_inputs(rng, n_cols, n_tokens=4000, rank=None):
-    """mean of x x^T for inputs that go together, some of them much larger than others."""
+    """The mean of x x^T for correlated inputs, some of them much larger than others."""
     mix = rng.normal(0, 1, (rank or n_cols, n_cols)) * rng.lognormal(0, 1, n_cols) + np.eye(rank or n_cols, n_cols)
     x = rng.normal(0, 1, (n_tokens, mix.shape[0])) @ mix
     return (x.T @ x / n_tokens).astype(np.float32)
@@ -32,7 +32,8 @@ def damped(hessian):
 
 
 def plain_feedback(weights, steps, hessian):
-    """Optimal Brain Quantizer, columns in order: round one, spread its error with the inverse Hessian of what is left, and take the column out of it."""
+    """Optimal Brain Quantizer, columns in order: round one, spread its error with the inverse
+    Hessian of what is left, and take the column out of it."""
     w = weights.astype(np.float64)
     inverse = np.linalg.inv(damped(hessian))
     codes = np.zeros(w.shape)
@@ -49,7 +50,8 @@ def test_equals_the_plain_version(rng, n_cols):
     weights, hessian = rng.standard_t(5, (40, n_cols)).astype(np.float32), correlated_inputs(rng, n_cols)
     steps = rng.uniform(0.1, 0.6, 40).astype(np.float32)
     codes, plain = round_with_feedback(weights, steps, hessian, TOP), plain_feedback(weights, steps, hessian)
-    # a weight halfway between two codes may go either way in f32, and what follows it in its row with it
+    # a weight halfway between two codes may be rounded either way in f32, and with it what follows
+    # in its row
     assert (codes == plain).all(axis=1).mean() > 0.9
     scale = steps[:, None].astype(np.float64)
     ours, theirs = (cost(weights - q * scale, damped(hessian)).sum() for q in (codes, plain))
@@ -66,8 +68,8 @@ def test_never_worse_than_rounding(step, seed):
     feedback, nearest = round_with_feedback(weights, steps, hessian, TOP), np.clip(np.rint(weights / step), -TOP, TOP)
     with_feedback, without = (cost(weights - q * np.float64(step), damped(hessian)).sum() for q in (feedback, nearest))
     assert with_feedback <= without
-    assert with_feedback < 0.7 * without  # inputs that go together this much are worth more than a tie
-    # the scales that are stored instead of the step make it smaller still
+    assert with_feedback < 0.7 * without  # inputs this strongly correlated must give more than a tie
+    # with the scales that are stored instead of the step, it is smaller still
     scales = fitted_scales(weights, feedback, hessian)
     assert (
         cost(weights - feedback * scales[:, None], damped(hessian)) <= cost(weights - feedback * np.float64(step), damped(hessian)) + 1e-6
@@ -82,7 +84,8 @@ def test_inputs_that_do_not_go_together_round_to_nearest(rng):
 
 @pytest.mark.parametrize("rank, n_tokens", [(1, 1), (3, 5), (None, 2)])
 def test_few_tokens(rng, rank, n_tokens):
-    """Hessians of less than full rank, and one of zeros: nothing is divided by zero, codes stay in range."""
+    """Hessians of less than full rank, and one of zeros: nothing is divided by zero, codes stay in
+    range."""
     weights = rng.normal(0, 1, (16, 64)).astype(np.float32)
     for hessian in (correlated_inputs(rng, 64, n_tokens, rank), np.zeros((64, 64), np.float32)):
         codes = round_with_feedback(weights, np.full(16, 0.2, np.float32), hessian, TOP)
@@ -90,7 +93,8 @@ def test_few_tokens(rng, rank, n_tokens):
 
 
 def test_as_a_quantizer(rng):
-    """A stack, a row of zeros, row factors: scales and codes have their shapes, and the rate is that of rounding to nearest."""
+    """A stack, a row of zeros, row factors: scales and codes have their shapes, and the rate is
+    that of rounding to nearest."""
     weights = rng.normal(0, 1, (2, 48, 96)).astype(np.float32)
     weights[1, 5] = 0
     hessians = [correlated_inputs(rng, 96), correlated_inputs(rng, 96)]
@@ -108,7 +112,7 @@ def test_as_a_quantizer(rng):
 
 
 def test_a_slab_without_inputs_is_rounded_to_nearest(rng):
-    """An expert that no token came to has a Hessian of zeros."""
+    """An expert that no token reached has a Hessian of zeros."""
     weights = rng.normal(0, 1, (2, 48, 96)).astype(np.float32)
     hessians = [correlated_inputs(rng, 96), np.zeros((96, 96), np.float32)]
     result, nearest = (quantize_step(weights, EntropyType.EQ8, step=0.2, hessian=one) for one in (hessians.__getitem__, None))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The worked example of docs/format.md: both decoders read what the document says, and the reference encoder makes the same bytes."""
+"""The worked example of docs/format.md: both decoders read what the document says, and the
+reference encoder makes the same bytes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Importance matrices: sums of squares only, and of the model that is converted."""
+"""Importance matrices must hold sums of squares, and belong to the model that is converted."""
 
 from __future__ import annotations
 

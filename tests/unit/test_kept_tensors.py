@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Matrices that are not entropy-coded: the smallest stock type that holds them, and what a plain type of a coded one holds."""
+"""Matrices that are not entropy-coded get the smallest stock type that holds them; and what the
+plain type of a coded one holds."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def test_the_smallest_type_that_holds_it(rng, name, change, type_name):
 
 
 def test_rows_that_nobody_uses(rng):
-    """A few may lose their digits, and are counted."""
+    """A few such rows may lose their digits; they are counted."""
     weights = rng.normal(0, 0.02, (64, 96)).astype(np.float32)
     weights[5] *= np.float32(1e-12)
     assert {keep(name, weights, "why")[1].coarse_rows for name in ("a.weight", EMBEDDING)} == {1}
@@ -83,7 +84,8 @@ def test_not_finite():
 
 
 def test_what_the_converter_makes_of_it(rng):
-    """The reason and the type come out of the whole path, for a matrix by its name and for one by its weights."""
+    """The reason and the type come out of the whole path, for a matrix by its name and for one by
+    its weights."""
     types = import_gguf().GGMLQuantizationType
     treatment = Treatment(EntropyType.EQ8, quantize_rows)
     weights = rng.normal(0, 0.02, (64, 96)).astype(np.float32)
@@ -121,4 +123,4 @@ def test_f16_holds_every_code_or_is_refused(largest, held, sign, per_row):
         else:
             with pytest.raises(FormatError, match=r"tensor a: has weights up to .* infinite as F16"):
                 check()
-    assert not opened.codes().any()  # fused mode has no need of F16
+    assert not opened.codes().any()  # fused mode does not need F16

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The named malformed cases through the C codec: it refuses what the document says to refuse, for the reason the document gives."""
+"""The named malformed cases through the C codec: it refuses what the document says to refuse, for
+the reason the document gives."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Whatever stands in README.md and generation_config.json, metadata are written, with a warning where something was left out."""
+"""Whatever README.md and generation_config.json contain, metadata are written, with a warning where
+something was left out."""
 
 from __future__ import annotations
 

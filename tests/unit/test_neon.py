@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Kernel level neon against ref: natively on aarch64, elsewhere cross-compiled and under qemu-user (Debian: g++-aarch64-linux-gnu, qemu-user)."""
+"""Kernel level neon against ref: natively on aarch64, elsewhere cross-compiled and under qemu-user
+(Debian: g++-aarch64-linux-gnu, qemu-user)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from host import patched_tree  # noqa: E402
 
 @pytest.mark.parametrize("target", ["armv8.2-a+dotprod", "armv8-a"])
 def test_codes_and_products(tmp_path, target):
-    """Some eight hundred random codes, streams and blocks of columns; the program says what differs."""
+    """Some eight hundred random codes, streams and blocks of columns; the program says what
+    differs."""
     native = platform.machine() in ("aarch64", "arm64")
     compiler, runner = ("g++", []) if native else ("aarch64-linux-gnu-g++", ["qemu-aarch64"])
     if any(shutil.which(program) is None for program in (compiler, *runner)):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Outputs: whole or not at all, one writer at a time, links followed, nothing but regular files replaced."""
+"""Outputs appear whole or not at all, with one writer at a time; links are followed, and only
+regular files are replaced."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def test_a_link_is_followed(tmp_path):
     write(link, force=True)
     assert link.is_symlink() and target.read_text() == "new"
     target.unlink()
-    write(link)  # where it leads there is nothing to lose
+    write(link)  # there is nothing to lose where it leads
     assert link.is_symlink() and target.read_text() == "new"
     assert os.listdir(target.parent) == ["model.gguf"] and os.listdir(tmp_path) in (["far", "link.gguf"], ["link.gguf", "far"])
 
@@ -109,7 +110,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def test_the_second_of_two_finds_the_output(tmp_path, monkeypatch):
-    """It looked before the first was done, and got the lock afterwards."""
+    """It looked before the first one was done, and got the lock afterwards."""
     import entrollm_gguf.gguf_io.output as output
 
     out = tmp_path / "a"

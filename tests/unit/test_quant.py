@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Quantizers: the published rules, literal values, bounds on the error, exactness of what is stored."""
+"""Quantizers: the published rules, literal values, bounds on the error, exactness of what is
+stored."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def test_error_is_at_most_half_a_step_and_the_file_holds_it(name, kind, w):
         assert np.ptp(w) * 1000 < peaks.max() or peaks[peaks > 0].min() < 5e-5
         return
     step = np.abs(q.scales[0, :, None].astype(np.float64))
-    # f32 arithmetic of offset and quotient adds a little to half a step, and a row of denormals alone counts as zeros
+    # f32 arithmetic of offset and quotient adds a little to half a step, and a row of denormals
+    # alone counts as zeros
     slack = 1e-5 * (np.abs(w).max() + step) + np.finfo(np.float32).tiny
     assert (np.abs(dequantize(q) - w) <= 0.5 * step + slack).all()
     payload = codec.encode(kind, q.codes, q.scales, q.offsets).payload
@@ -116,14 +118,16 @@ def test_too_large_for_f16():
 @pytest.mark.parametrize("factor, shift", [(1e5, 0), (1e6, 0), (1, 70_000), (1, -70_000), (1, 500), (1e-6, 0), (1e-9, 0), (1e-6, 1)])
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))
 def test_what_is_not_refused_is_held_by_the_stock_type(rng, name, kind, factor, shift):
-    """What a file decodes to is finite, and as near to the weights as twice the error of the grid's own steps."""
+    """The decoded weights are finite, and off by at most twice the error of the grid's own
+    steps."""
     w = (rng.uniform(-1, 1, (16, 64)) * factor + shift).astype(np.float32)
     extreme, levels = np.abs(w).max(), 255 if kind is EQ8 else 15
     try:
         q = QUANTIZERS[name](w, kind, 1)
     except QuantizeError:
         q = None
-    # without an offset a step is a share of the largest weight, which serves whatever f16 scales serve
+    # without an offset, a step is a fraction of the largest weight, which works wherever f16 scales
+    # work
     assert q is not None or name == "paper" or extreme / (levels // 2) > 65504 or extreme < 1e-4
     if q is None:
         return
@@ -136,7 +140,8 @@ def test_what_is_not_refused_is_held_by_the_stock_type(rng, name, kind, factor, 
 
 
 def test_rows_that_nobody_uses_do_not_count(rng):
-    """Weights of next to nothing are lost in a few rows, and told; in many they are a reason to refuse."""
+    """Weights close to zero may be lost in a few rows, which are reported; in many rows they are a
+    reason to refuse."""
     w = rng.normal(0, 0.02, (64, 64)).astype(np.float32)
     w[:2] *= 1e-12
     w[2] = 0

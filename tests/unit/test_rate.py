@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Steps chosen by rate: what theory gives for Gaussian weights, what profiles promise against what the coder takes."""
+"""Steps chosen by rate: against theory for Gaussian weights, and profiles' promises against what
+the coder takes."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ EQ8 = EntropyType.EQ8
 
 
 def gaussian(rng, n_rows=512, n_cols=1024):
-    """Rows of very different size, as the scales take them."""
+    """Rows of very different size, as far as scales allow."""
     return (rng.normal(0, 1, (n_rows, n_cols)) * rng.uniform(0.01, 3, (n_rows, 1))).astype(np.float32)
 
 
@@ -33,8 +34,8 @@ def relative_error(weights, quantized):
 
 @pytest.mark.parametrize("step", [0.05, 0.1, 0.2, 0.4, 0.8])
 def test_gaussian_rows_against_the_bound(rng, step):
-    """A uniform quantizer with an ideal entropy coder is 0.25 bit from the rate-distortion bound at high rates, and less below (Gish and Pierce).
-    Huffman's loss and the container come on top."""
+    """A uniform quantizer with an ideal entropy coder is 0.25 bit from the rate-distortion bound at
+    high rates, and less below (Gish and Pierce). Huffman's loss and the container come on top."""
     weights = gaussian(rng)
     quantized = quantize_step(weights, EQ8, step=step)
     error = relative_error(weights, quantized)
@@ -48,7 +49,8 @@ def test_gaussian_rows_against_the_bound(rng, step):
 
 
 def test_scales_fit_the_codes(rng):
-    """At low rates intervals are wide and weights gather at their inner ends: the least-squares scale loses less than the step itself."""
+    """At low rates intervals are wide and weights gather at their inner ends: the least-squares
+    scale loses less than the step itself."""
     weights = gaussian(rng, 64, 4096)
     step = 1.5
     quantized = quantize_step(weights, EQ8, step=step)
@@ -73,7 +75,7 @@ def test_rows_of_zeros_and_outliers(rng):
 
 @pytest.mark.parametrize("factor, refused", [(1, False), (1e-4, False), (1e-7, True), (4e3, False), (1e5, True)])
 def test_what_is_refused_does_not_hang_on_the_step(rng, factor, refused):
-    """So the survey knows which matrices stay in a stock type before there is a step."""
+    """This lets the survey know which matrices stay in a stock type before a step is chosen."""
     weights = (rng.normal(0, 1, (64, 128)) * factor).astype(np.float32)
     calls = [functools.partial(quantize_step, weights, EQ8, step=step) for step in (0.001, 0.02, 0.5, 6)] + [
         functools.partial(profile, weights)
@@ -167,7 +169,7 @@ def test_promises_that_cannot_be_kept_tell_the_least(rng):
 
 
 def test_a_recipe_counts_what_is_coded(rng):
-    """However much the rest weighs, the steps of the coded matrices are the same."""
+    """However much the other tensors take, the steps of the coded matrices are the same."""
     one = profile(gaussian(rng))
     steps = set()
     for others in ({}, kept(), kept("per_layer_token_embd.weight", 10_000_000, (1250, 1000))):
@@ -181,7 +183,8 @@ def test_a_recipe_counts_what_is_coded(rng):
 
 
 def test_a_recipe_spares_small_matrices(rng):
-    """Their headers and scales take more bits than a recipe has; codes pay a bit of that and no more."""
+    """Their headers and scales take more bits than a recipe has; the codes make up for one bit of
+    that and no more."""
     survey = budget.Survey({str(i): profile(gaussian(rng, 16, 64)) for i in range(3)}, {}, 0)
     target = budget.find_target(survey, rate=4.5)
     step = budget.step_for(survey, target)
@@ -191,7 +194,8 @@ def test_a_recipe_spares_small_matrices(rng):
 
 @pytest.mark.parametrize("share", [0.9999, 0.999, 0.99, 0.95])
 def test_budgets_where_sizes_do_not_move(rng, share):
-    """Rows whose largest weight is code 127 at any fine step: a little less than the most that comes out is met all the same."""
+    """Rows whose largest weight is code 127 at any fine step: even a target a little below the
+    largest possible size is met."""
     weights = gaussian(rng)
     weights[:, 0] = 8 * np.sqrt((weights**2).mean(axis=1))
     survey = budget.Survey({"a": profile(weights)}, {}, 0)
@@ -207,7 +211,8 @@ def test_corrections_close_in(rng):
     assert budget.corrected([(0.2, 102_000)], target, survey) > 0.2 > budget.corrected([(0.2, 90_000)], target, survey)
     between = budget.corrected([(0.2, 102_000), (0.25, 97_000), (0.3, 80_000)], target, survey)
     assert 0.2 < between < 0.25
-    # sizes that swing with the step, as Huffman codes of few symbols do, are met all the same
+    # targets are met even where sizes swing with the step, as those of Huffman codes of few symbols
+    # do
     tried, step = [], 0.2
     for _ in range(6):
         found = int(size * (0.2 / step) ** 0.5 * (1.015 + 0.01 * math.sin(step * 300)))
@@ -263,12 +268,12 @@ def test_what_never_fits_or_fails_leaves_nothing_behind(rng):
     with pytest.raises(KeyboardInterrupt):
         pipeline._encode_to_size(encode, survey, budget.Target(1000, 0), 0.2)
     assert all(one.closed for one in made)
-    # nothing is finer: less than the target is fine
+    # nothing is finer, so less than the target is accepted
     assert pipeline._encode_to_size(lambda step: FakeModel(500), survey, budget.Target(1000, 0), budget.FINEST).n_bytes == 500
 
 
 def test_what_never_fits(rng):
-    """A promise ends in an error that tells the least; a recipe takes what comes nearest."""
+    """A promised size ends in an error that names the least; a recipe takes what comes nearest."""
     survey = budget.Survey({"a": profile(gaussian(rng, 64, 128))}, {}, 10)
     sizes, made = [1003, 1001, 1002, 1004, 1005, 1006], []
 
@@ -282,13 +287,13 @@ def test_what_never_fits(rng):
     made.clear()
     found = pipeline._encode_to_size(encode, survey, budget.Target(1000, 0, promised=False), 0.2)
     assert found.n_bytes == 1001 and [one for one in made if not one.closed] == [found]
-    # nothing is coarser: one try tells all
+    # nothing is coarser, so one try is enough
     made.clear()
     assert pipeline._encode_to_size(encode, survey, budget.Target(1000, 0, 0.5, promised=False), 0.5).n_bytes == 1003 and len(made) == 1
 
 
 def test_sizes_that_move_in_steps_are_met_from_below():
-    """Each try that comes out above aims lower than the last."""
+    """After each result above the target, the next try aims lower."""
     survey = budget.Survey({"a": profile(np.ones((64, 128), np.float32))}, {}, 0)
     found = pipeline._encode_to_size(lambda step: FakeModel(5_000 if step < 0.22 else 4_800), survey, budget.Target(4_990, 0), 0.2)
     assert found.n_bytes == 4_800

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The reference encoder and decoder agree with each other, and the decoder rejects every malformed case for its own reason."""
+"""The reference encoder and decoder agree with each other, and the decoder rejects every malformed
+case for its own reason."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def test_every_code(rng, raw_bits):
 
 
 def test_a_unit_by_hand():
-    """Bits put down one by one, from the text of 5.6: B = 3 (pairs and a plane), k = 1, D = 6, tail shape 1, base -2."""
+    """Bits put down one by one, from the text of 5.6: B = 3 (pairs and a plane), k = 1, D = 6, tail
+    shape 1, base -2."""
     code = make_code(3, 1, 1, -2, bins=(-4, 6, 8, 10, 12))
     d = bytearray(encode_slab(np.zeros((1, 64), np.int8), 1, np.float16([1]), code=code))
     body = struct.unpack_from("<Q", d, 80)[0]
@@ -53,7 +55,8 @@ def test_a_unit_by_hand():
         (16, 0b00001110),  # the plane: bit 2 of weights 1 to 3
     ):
         d[body + at] = value
-    # first bit first: digit 1 has the values 3, 0, 3: planes 101 and 101; digit 2 of weights 1 and 3 has 0 (class 3) and 3: planes 01 and 01
+    # first bit first: digit 1 has the values 3, 0, 3: planes 101 and 101; digit 2 of weights 1 and
+    # 3 has 0 (class 3) and 3: planes 01 and 01
     bits = [1, 0, 1, 1, 0, 1, 0, 1, 0, 1]
     raw_size = 16 * 24
     d[body + raw_size : body + raw_size + 2] = bytes(np.packbits(bits, bitorder="little"))
@@ -68,7 +71,8 @@ def test_a_unit_by_hand():
 
 
 def test_classes_that_overlap():
-    """A class over the direct interval, two that overlap, one that wraps around; a weight takes the first that holds it."""
+    """A class over the direct interval, two that overlap, one that wraps around; a weight takes the
+    first that holds it."""
     code = make_code(4, 2, 2, -6, bins=(-6, 7, 9, 126, -20, 50, 0))
     q = np.resize(np.arange(-128, 128), (16, 32)).astype(np.int8)
     slab = parse_slab(encode_slab(q, 1, np.float16([1]), code=code), 1, 32, 16, 1)

@@ -194,7 +194,7 @@ def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
 
 
 def test_several_processes_fetch_the_same_files(tmp_path, monkeypatch):
-    """As test workers do on a fresh machine: one downloads, the others wait for it."""
+    """Like test workers on a fresh machine: one downloads, the others wait for it."""
     wheel = tmp_path / "some_files-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("some_files/model.bin", b"weights")
@@ -329,7 +329,8 @@ def test_a_patch_says_why_and_is_named_by_its_subject(patch):
 
 
 def test_another_version_is_checked(patches, tmp_path, monkeypatch, capsys):
-    """Every patch is tried: one that fails says where, and the next ones go on."""
+    """Every patch is tried: a failing one is reported with its place, and the next ones are still
+    tried."""
     monkeypatch.setattr(check, "patches_folder", lambda: patches)
     text = (patches / "series" / "0010-change.patch").read_text()
     (patches / "series" / "0020-elsewhere.patch").write_text(text.replace("src/old.c", "src/gone.c"))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Golden vectors (docs/format.md 10): every decoder gives their codes, the encoder their bytes, and their device layout is what it was."""
+"""Golden vectors (docs/format.md 10): every decoder gives their codes, the encoder gives their
+bytes, and their device layout has not changed."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ def test_the_codec_gives_the_bytes(entry):
 
 
 def longest_tail(slab: ref_decoder.Slab) -> int:
-    """Bits of the tail that one unit takes, from the codes: each weight goes on until a digit names its class."""
+    """Bits of the tail that one unit takes, from the codes: each weight goes on until a digit names
+    its class."""
     code, most = slab.code, 0
     lengths = np.array([sum(code.digits[: i + 1]) for i, w in enumerate(code.digits) for _ in range((1 << w) - 1)] + [code.n_planes])
     for group in (ref_decoder.decode_group(slab, i) for i in range(slab.n_groups)):
@@ -151,7 +153,7 @@ def test_they_cover_what_the_document_has():
 
 
 def test_the_script_makes_them(tmp_path):
-    """Nothing here was edited by hand."""
+    """No file here was edited by hand."""
     make.write(tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name

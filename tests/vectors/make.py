@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Golden vectors: small tensors with their payload and codes, for every decoder of docs/format.md (section 10).
+"""Golden vectors: small tensors with their payload and codes, for every decoder of docs/format.md
+(section 10).
 
     python tests/vectors/make.py     # writes this folder again; the only way that its files change
 
-`index.json` has an entry per vector: `name`, which is the tensor's name too, as the hash takes it in; `type`, `shape` (n_rows, n_cols or
-n_slabs, n_rows, n_cols), `scales` and `offsets` (hex of little-endian f16 and f32, slab after slab, one or one per row; offsets may be
-null), `tile_cols`, `encoder`, `sha256` of the payload, `xxh64` of each slab, `codes`, the parameters of each slab's code (raw_bits,
-bin_bits, tail, base and class_base), and `lanes_sha256` of the device layout (section 8), all slabs. `NAME.payload` is the tensor as it
-stands in a GGUF, `NAME.codes` its codes, one int8 each, row after row.
+`index.json` has an entry per vector: `name`, which is the tensor's name too, as the hash takes it
+in; `type`, `shape` (n_rows, n_cols or n_slabs, n_rows, n_cols), `scales` and `offsets` (hex of
+little-endian f16 and f32, slab after slab, one or one per row; offsets may be null), `tile_cols`,
+`encoder`, `sha256` of the payload, `xxh64` of each slab, `codes`, the parameters of each slab's
+code (raw_bits, bin_bits, tail, base and class_base), and `lanes_sha256` of the device layout
+(section 8), all slabs. `NAME.payload` is the tensor as it stands in a GGUF, `NAME.codes` its codes,
+one int8 each, row after row.
 
-Random bytes come from SHAKE-256 of the vector's name: no library's generator has to stay as it is. `encoder: codec` means that this
-project's codec makes these very bytes; `encoder: reference` are valid payloads of other codes than it would choose, whose device layout
-has more room than it needs.
+Random bytes come from SHAKE-256 of the vector's name: no library's generator has to stay as it is.
+`encoder: codec` means that this project's codec makes exactly these bytes; `encoder: reference`
+marks valid payloads of other codes than it would choose, whose device layout has more room than it
+needs.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ from entrollm_gguf.codec import EntropyType
 FOLDER = Path(__file__).resolve().parent
 EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4
 
-# one code per number of raw bits, with all kinds of k, both tail shapes, and a direct interval off the middle, so that classes are used
+# one code per number of raw bits, with all kinds of k, both tail shapes, and a direct interval off
+# the middle, so that classes are used
 CODES_BY_RAW_BITS = {
     1: make_code(1, 0, 2, 0),
     2: make_code(2, 1, 1, -2),
@@ -47,15 +52,18 @@ CODES_BY_RAW_BITS = {
     7: make_code(7, 6, 2, -90),
     8: make_code(8, 0, 0, 77),
 }
-# a class over the direct interval, two that overlap, one that wraps around, and one that is not used
+# a class over the direct interval, two that overlap, one that wraps around, and one that is not
+# used
 OVERLAPPING = make_code(4, 2, 2, -6, bins=(-6, 4, 7, 9, 126, -20))
-# no code but 100 is direct, and it does not occur: all weights are open, and most go through all planes
+# only code 100 is direct, and it does not occur: all weights are open, and most go through all
+# planes
 ALL_OPEN = make_code(1, 0, 2, 100)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """One vector. `codes` names a distribution of make_codes; `code` is for the reference encoder, None for the codec."""
+    """One vector. `codes` names a distribution of make_codes; `code` is for the reference encoder,
+    None for the codec."""
 
     name: str
     kind: EntropyType
@@ -68,7 +76,8 @@ class Vector:
 
 
 def all_vectors() -> list[Vector]:
-    """Both types; each mode of scale and offset; rows 1, 15, 16, 17, 33; slabs; codes of every kind."""
+    """Both types; each mode of scale and offset; rows 1, 15, 16, 17, 33; slabs; codes of every
+    kind."""
     vectors = []
     for kind in (EQ8, EQ4):
         stem = kind.name.lower()
@@ -137,7 +146,8 @@ def make_codes(vector: Vector) -> np.ndarray:
 
 
 def make_grid(vector: Vector) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales f16 and offsets f32, both (n_slabs, 1 or n_rows). Offsets are multiples of a scale by 8, so that EQ4's minimum is an f16."""
+    """Scales f16 and offsets f32, both (n_slabs, 1 or n_rows). Offsets are multiples of a scale by
+    8, so that EQ4's minimum is an f16."""
     n_slabs, n_rows = (1, *vector.shape)[-3:-1]
     noise = random_bytes(vector.name + "/grid", 2 * n_slabs * n_rows).reshape(2, n_slabs, n_rows)
     scales = ((noise[0] + 1) / 4096).astype(np.float16)[:, : n_rows if vector.scale == "row" else 1]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Entropy-coded tensors (EQ8, EQ4) in a GGUF: their size, and their weights as floats.
 
-For every other type the size follows from type and shape. Here it stands in the header of the first slab, the first 256 bytes of the
-tensor's data: slab_size (u64 at byte 16) times the number of slabs (u32 at byte 32). The header of a hostile file may say anything, so
-what is needed to trust those two numbers is checked here: that it is a header at all, that it names the type and the shape of the
-tensor info, that the bytes are in the file, and that the next tensor starts where this one ends. The rest of the format is the
-codec's business: what decodes is the C code of ggml-base, which the llama_cpp package of the same build brings along.
+For every other type the size follows from type and shape. Here it stands in the header of the first
+slab, the first 256 bytes of the tensor's data: slab_size (u64 at byte 16) times the number of slabs
+(u32 at byte 32). The header of a hostile file may say anything, so what is needed to trust those
+two numbers is checked here: that it is a header at all, that it names the type and the shape of the
+tensor info, that the bytes are in the file, and that the next tensor starts where this one ends.
+The rest of the format is the codec's business: what decodes is the C code of ggml-base, which the
+llama_cpp package of the same build brings along.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ ENTROPY_GROUP_ROWS = 16
 _OLD_MAGIC = b"EQT1"
 _MAGIC = b"EQTP"
 _VERSION = 2
-# magic, version, kind, (9 bytes), slab_size, n_cols, n_rows, n_slabs, (44 bytes), body_at, body_size, raw_bits
+# magic, version, kind, (9 bytes), slab_size, n_cols, n_rows, n_slabs, (44 bytes), body_at,
+# body_size, raw_bits
 _HEADER = struct.Struct("<4sHB9xQIII44xQQB")
 
 _VIEW_SIZE = 1024  # room for struct ggml_entropy_view
@@ -48,7 +51,8 @@ _GGML_TYPE_F32 = 0
 
 
 def entropy_check_file(name: str, alignment: int, endianess: GGUFEndian) -> None:
-    """Raise ValueError if a file with this alignment and byte order cannot hold entropy-coded tensors."""
+    """Raise ValueError if a file with this alignment and byte order cannot hold entropy-coded
+    tensors."""
     if alignment > ENTROPY_ALIGN:
         raise ValueError(f"Tensor {name!r}: entropy-coded tensors need general.alignment <= {ENTROPY_ALIGN}, not {alignment}")
     if endianess != GGUFEndian.LITTLE:
@@ -63,7 +67,8 @@ def entropy_n_bytes(
     offset: int,
     next_offset: int | None,
 ) -> int:
-    """Bytes of a tensor. dims in file order (columns first); offset and next_offset (None: last tensor) are positions in data, the file."""
+    """Bytes of a tensor. dims in file order (columns first); offset and next_offset (None: last
+    tensor) are positions in data, the file."""
     raw = np.asarray(data[offset : offset + ENTROPY_HEADER_SIZE]).tobytes()
     if len(raw) < ENTROPY_HEADER_SIZE:
         raise ValueError(f"Tensor {name!r}: the file ends before its data")
@@ -95,7 +100,8 @@ def entropy_n_bytes(
 
 
 def entropy_dequantize(data: npt.NDArray[Any], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.float32]:
-    """Weights of a tensor, from its whole payload. Shape (n_rows, n_cols), or (n_slabs, n_rows, n_cols) for several slabs."""
+    """Weights of a tensor, from its whole payload. Shape (n_rows, n_cols), or (n_slabs, n_rows,
+    n_cols) for several slabs."""
     lib = _codec()
     payload = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if payload.ctypes.data % 8 != 0:
