@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Size against quality: stock types with and without an importance matrix, and ours. `python
-bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS [KIND_TO_LEAVE_OUT ...]]`, or `python
-bench/quality.py table RESULTS.json` to print the table of docs/quantization.md and draw the picture
-again.
+"""Size against quality: stock types with and without an importance matrix, and ours.
+
+    python bench/quality.py OUT_FOLDER RESULTS.json [CHUNKS [KIND_TO_LEAVE_OUT ...]]
+    python bench/quality.py table RESULTS.json
+
+The second form prints the table of docs/quantization.md and draws the picture again.
 
 The model is SmolLM2-135M-Instruct without the Q4_1 grid it came with: every block of 32 weights is
 dithered within its step (fixed seed), so that no block type fits it by birth. Text: Python's
