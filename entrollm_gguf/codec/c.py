@@ -66,7 +66,8 @@ class Header(ctypes.Structure):
         ("body_at", ctypes.c_uint64),
         ("body_size", ctypes.c_uint64),
         ("code", Code),
-        ("reserved1", ctypes.c_uint8 * 144),
+        ("rests_at", ctypes.c_uint64),
+        ("reserved1", ctypes.c_uint8 * 136),
     ]
 
 
@@ -78,9 +79,11 @@ class View(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("begin", ctypes.c_void_p),
+        ("rests", ctypes.c_void_p),
         ("body", ctypes.c_void_p),
         ("n_groups", ctypes.c_int64),
         ("n_units", ctypes.c_int64),
+        ("decode", ctypes.c_void_p),
     ]
 
 
@@ -116,6 +119,7 @@ class Spec(ctypes.Structure):
         ("n_offsets", ctypes.c_int64),
         ("tile_cols", ctypes.c_int64),
         ("device_size", ctypes.c_uint64),
+        ("rests", ctypes.c_void_p),
     ]
 
 

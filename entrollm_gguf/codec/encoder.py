@@ -42,6 +42,7 @@ def encode(
     scales: np.ndarray,
     offsets: np.ndarray | None = None,
     *,
+    rests: np.ndarray | None = None,
     name: str = "",
     tile_cols: int | None = None,
     threads: int | None = None,
@@ -49,10 +50,11 @@ def encode(
     """Entropy-code a matrix, or a stack of matrices (experts), into the payload of one tensor.
 
     Args:
-        kind: EQ8 (codes -128..127) or EQ4 (codes -8..7).
+        kind: EQ8 (codes -128..127), EQ4 (codes -8..7) or EBF16 (exponents less 128).
         codes: int8, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols); n_cols a multiple of 32.
-        scales: f16, shape (1,) or (n_rows,), or the same per slab.
+        scales: f16, shape (1,) or (n_rows,), or the same per slab; for EBF16 one that is 0.
         offsets: f32 of the same shapes, or None.
+        rests: for EBF16 the sign (bit 7) and mantissa of each weight, uint8 of the shape of codes.
         name: of the tensor in the GGUF; the hash takes it in.
         tile_cols: columns of a tile of the device layout, a multiple of 32 up to 1024; None for the
             default. It is halved until no lane exceeds 255 words.
@@ -77,13 +79,16 @@ def encode(
         raise CodecError("scales must be float16: round them before choosing codes")
     scales = per_slab(scales, np.float16, n_slabs, n_rows, "scales")
     offsets = None if offsets is None else per_slab(offsets, np.float32, n_slabs, n_rows, "offsets")
+    if (rests is None) == (kind is EntropyType.EBF16) or (rests is not None and (rests.dtype != np.uint8 or rests.shape != codes.shape)):
+        raise CodecError("EBF16, and it alone, takes rests: uint8 of the shape of the codes")
+    rests = None if rests is None else np.ascontiguousarray(rests).reshape(stack.shape)
 
     histograms = [count_codes(kind, slab, n_threads) for slab in stack]
     plans = [plan_code(counts) for counts in histograms]
     structs = [struct_of(plan.code) for plan in plans]
     extents = [_measure(kind, slab, code, n_threads) for slab, code in zip(stack, structs)]
 
-    specs = [spec_of(kind, stack.shape, scales[i], None if offsets is None else offsets[i]) for i in range(n_slabs)]
+    specs = [spec_of(kind, stack.shape, scales[i], *(None if one is None else one[i] for one in (offsets, rests))) for i in range(n_slabs)]
     plan_device_layout(stack, specs, tile_cols, n_threads)
     sizes = [lib.ggml_entropy_slab_size(ctypes.byref(s), ctypes.byref(code), e) for s, code, e in zip(specs, structs, extents)]
     slab_size = max(sizes)

@@ -58,7 +58,7 @@ def measure_lanes(kind: EntropyType, codes: np.ndarray, plan: c.LanesPlan, tile_
 
 def plan_device_layout(stack: np.ndarray, specs: list[c.Spec], tile_cols: int | None, n_threads: int) -> None:
     """Fill in tile_cols and device_size of all slabs: the widest tiles that keep each lane within
-    255 words, and the longest slab.
+    255 words, and the longest slab. EBF16 has no device layout: its device_size stays 0.
 
     Raises:
         CodecError: tile_cols is impossible.
@@ -69,6 +69,10 @@ def plan_device_layout(stack: np.ndarray, specs: list[c.Spec], tile_cols: int | 
     width = lib.ggml_entropy_lanes_default_tile_cols(n_rows, n_cols) if tile_cols is None else tile_cols
     if width % MIN_COLS or not MIN_COLS <= width <= MAX_TILE_COLS:
         raise CodecError(f"tile_cols {width}: must be a multiple of {MIN_COLS} from {MIN_COLS} to {MAX_TILE_COLS}")
+    if not kind.is_quantized:
+        for spec in specs:
+            spec.tile_cols = width
+        return
     plans = [lanes_plan(kind, codes, n_threads) for codes in stack]
     while True:
         lanes = [measure_lanes(kind, codes, plan, width, n_threads) for codes, plan in zip(stack, plans)]

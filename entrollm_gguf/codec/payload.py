@@ -19,6 +19,7 @@ from entrollm_gguf.codec.shared import (
     HEADER_SIZE,
     LANES,
     MAX_LANE_WORDS,
+    CodecError,
     EntropyType,
     check_data,
     largest_weights,
@@ -30,9 +31,10 @@ from entrollm_gguf.codec.shared import (
 )
 from entrollm_gguf.errors import FormatError
 
-_PLAIN_TYPES = {1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}
+_PLAIN_TYPES = {1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
 _PLAIN_ROW_SIZE: dict[str, Callable[[int], int]] = {
     "F16": lambda n: n * 2,
+    "BF16": lambda n: n * 2,
     "Q4_0": lambda n: n // 32 * 18,
     "Q4_1": lambda n: n // 32 * 20,
     "Q8_0": lambda n: n // 32 * 34,
@@ -124,7 +126,7 @@ class Payload:
         """Open and validate.
 
         Args:
-            kind: EQ8 or EQ4.
+            kind: of the type that the GGUF names.
             data: uint8, all slabs.
             shape: true shape, (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
             name: of the tensor in the GGUF, which its hash takes in.
@@ -180,14 +182,23 @@ class Payload:
         """Decode to the stock GGUF type that holds the tensor best (docs/format.md 6.1).
 
         Returns:
-            the type's name (Q8_0, F16, Q4_0 or Q4_1) and its rows as uint8, shape (*shape[:-1], row
-                bytes).
+            the type's name (Q8_0, F16, Q4_0, Q4_1 or BF16) and its rows as uint8, shape
+                (*shape[:-1], row bytes).
         Raises:
             FormatError: the type does not hold the weights.
         """
         self.check_plain()
         name = self.header.plain_type
         return name, self._decode_slabs(self._decode_plain, np.uint8, _PLAIN_ROW_SIZE[name](self.header.n_cols), threads)
+
+    def rests(self) -> np.ndarray | None:
+        """Sign and mantissa of each weight of EBF16, uint8 of the tensor's shape; None for other
+        types."""
+        if self.kind.is_quantized:
+            return None
+        n_weights = self.header.n_rows * self.header.n_cols
+        slabs = [np.frombuffer((ctypes.c_uint8 * n_weights).from_address(view.rests), np.uint8).copy() for view in self._views]
+        return np.concatenate(slabs).reshape(self.shape)
 
     def scales_and_offsets(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Scales (f16) and offsets (f32, or None), shape (n_slabs, 1 or n_rows) each."""
@@ -208,7 +219,7 @@ class Payload:
     def counts(self, threads: int | None = None) -> np.ndarray:
         """Histogram of the codes of each slab: uint64 (n_slabs, 256), index q + 128. One slab is
         decoded at a time."""
-        # damaged data of EQ4 can decode to any code, so the range of EQ8 is right for both
+        # damaged data of EQ4 can decode to any code, so the range of EQ8 is right for all
         matrices = (self._matrix(i, threads) for i in range(len(self._views)))
         return np.stack([count_codes(EntropyType.EQ8, matrix, threads) for matrix in matrices])
 
@@ -219,6 +230,8 @@ class Payload:
             FormatError: the codes do not fit into device_size bytes, which happens with damaged
                 data only.
         """
+        if not self.kind.is_quantized:
+            raise CodecError(f"{self.label}: {self.kind.name} has no device layout")
         lib = c.library()
         n_threads = n_threads_of(threads)
         size, stack = self.header.device_size, (self.header.n_slabs, self.header.n_rows, self.header.n_cols)

@@ -34,11 +34,17 @@ class EntropyType(enum.IntEnum):
 
     EQ8 = 500
     EQ4 = 501
+    EBF16 = 502
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code q."""
-        return (-128, 127) if self is EntropyType.EQ8 else (-8, 7)
+        """Smallest and largest code q. One of EBF16 is an exponent less 128."""
+        return (-8, 7) if self is EntropyType.EQ4 else (-128, 127)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a weight is a code with a scale; if not, it is a bf16, bit by bit."""
+        return self is not EntropyType.EBF16
 
 
 #: From here on, an f32 rounds to an infinite f16.
@@ -126,10 +132,14 @@ def seed(name: str, i_slab: int) -> int:
     return c.library().ggml_entropy_seed(name.encode(), i_slab)
 
 
-def spec_of(kind: EntropyType, shape: tuple[int, int, int], scales: np.ndarray, offsets: np.ndarray | None) -> c.Spec:
-    """What C is told of a slab. It borrows scales and offsets."""
+def spec_of(
+    kind: EntropyType, shape: tuple[int, int, int], scales: np.ndarray, offsets: np.ndarray | None, rests: np.ndarray | None = None
+) -> c.Spec:
+    """What C is told of a slab. It borrows scales, offsets and rests."""
     n_slabs, n_rows, n_cols = shape
     spec = c.Spec(kind, n_cols, n_rows, n_slabs, scales.ctypes.data, scales.size)
     if offsets is not None:
         spec.offsets, spec.n_offsets = offsets.ctypes.data, offsets.size
+    if rests is not None:
+        spec.rests = rests.ctypes.data
     return spec

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import click
@@ -216,6 +217,7 @@ def report_as_dict(report: ConversionReport) -> dict:
         "file_bytes": report.file_bytes,
         "n_weights": report.n_weights,
         "bits_per_weight": report.bits_per_weight,
+        "bits_per_weight_before": report.bits_before,
         "coded_bits_per_weight": _per_weight(sum(t.n_bytes * 8 for t in coded), coded),
         "recipe_bits_per_weight": report.rate,
         "entropy_bits_per_weight": _per_weight(sum(t.entropy_bits or 0 for t in coded), coded),
@@ -237,6 +239,15 @@ def _not_coded(tensors: Sequence[TensorRecord]) -> str:
         return ""
     n, n_bytes, n_all = sum(t.n_elements for t in kept), sum(t.n_bytes for t in kept), sum(t.n_elements for t in tensors)
     return f"{n / 1e6:.3g} M weights, {n / n_all:.1%} of all, take {n_bytes / 1e6:.3g} MB, {n_bytes * 8 / n:.1f} bits each"
+
+
+def _again(report: ConversionReport) -> str:
+    """What a second quantization did to size and weights; empty if it is the first."""
+    if report.bits_before is None:
+        return ""
+    errors = [t.added_error for t in report.tensors if t.added_error is not None]
+    added = f"; adds an error of {median(errors):.1e} of a matrix's energy, at most {max(errors):.1e}" if errors else ""
+    return f"{report.bits_before:.2f} bits per weight before, {report.bits_per_weight:.2f} now{added}"
 
 
 def _off_target(rate: float | None, coded: float) -> str:
@@ -265,6 +276,8 @@ def print_summary(report: ConversionReport, console: Console) -> None:
     if errors := [t.scale_error for t in report.tensors if t.scale_error is not None]:
         how = f"their scales rounded to f16, by {max(errors):.1e} at most" if max(errors) else "with their scales"
         table.add_row("kept codes", f"of {len(errors)} matrices by bit, {how}")
+    if line := _again(report):
+        table.add_row("quantized again", line)
     types = Counter(t.type_name for t in report.tensors)
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in types.most_common()))
     for record in report.tensors:

@@ -9,7 +9,7 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.errors import ConversionError
-from entrollm_gguf.quant.base import NotFiniteError, QuantizeError, Quantizer
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer, map_chunks
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TensorRecord:
     coded_bits: int | None = None  # of the codes alone
     coarse_rows: int = 0  # rows that are too small for an f16 scale, so that their weights are all but lost
     scale_error: float | None = None  # of a checkpoint's own codes: the largest relative rounding of their scales
+    added_error: float | None = None  # where weights were quantized before: what this loses besides, as a share of their energy
     kept: str | None = None  # why a matrix that llama.cpp would quantize stays in a stock type
 
     @property
@@ -50,6 +51,7 @@ def encode_tensor(
     *,
     tile_cols: int | None = None,
     threads: int | None = None,
+    measure: bool = False,
 ) -> tuple[np.ndarray, TensorRecord]:
     """Make the payload of one tensor and check that it decodes to the codes that went in.
 
@@ -58,6 +60,7 @@ def encode_tensor(
         weights: f16 or f32, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
         quantizer: function(weights, kind, threads).
         tile_cols: of the device layout; None for the default.
+        measure: tell the error in the record.
     Returns:
         payload (uint8) and its record.
     Raises:
@@ -73,13 +76,32 @@ def encode_tensor(
         raise Unquantizable(str(error)) from error
     kind = quantized.kind or kind
     encoded = codec.encode(
-        kind, quantized.codes, quantized.scales, quantized.offsets, name=name, tile_cols=tile_cols, threads=threads
+        kind, quantized.codes, quantized.scales, quantized.offsets, rests=quantized.rests,
+        name=name, tile_cols=tile_cols, threads=threads,
     )  # fmt: skip
-    decoded = codec.decode(kind, encoded.payload, weights.shape, f"tensor {name}", threads)
-    if not np.array_equal(decoded, quantized.codes):
+    payload = codec.Payload(kind, encoded.payload, weights.shape, name, label=f"tensor {name}")
+    if not np.array_equal(payload.codes(threads), quantized.codes) or not np.array_equal(payload.rests(), quantized.rests):
         raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")
     record = TensorRecord(
         name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, encoded.entropy_bits, encoded.coded_bits,
-        quantized.n_coarse, quantized.scale_error,
+        quantized.n_coarse, quantized.scale_error, _error(weights, quantized) if measure else None,
     )  # fmt: skip
     return encoded.payload, record
+
+
+def _error(weights: np.ndarray, quantized: Quantized) -> float:
+    """Energy of the difference to what the codes stand for, by that of the weights."""
+    rows, codes = (one.reshape(-1, weights.shape[-1]) for one in (weights, quantized.codes))
+    n_rows = weights.shape[-2]
+    scales, offsets = (
+        np.zeros(len(rows), np.float32) if one is None else np.broadcast_to(one.astype(np.float32), (one.shape[0], n_rows)).reshape(-1)
+        for one in (quantized.scales, quantized.offsets)
+    )
+
+    def part(s: slice) -> tuple[float, float]:
+        w = rows[s].astype(np.float32)
+        lost = scales[s, None] * codes[s].astype(np.float32) + offsets[s, None] - w
+        return float(np.square(lost, dtype=np.float64).sum()), float(np.square(w, dtype=np.float64).sum())
+
+    lost, energy = np.array(map_chunks(part, len(rows), 1, weights.shape[-1])).sum(axis=0)
+    return float(lost / energy) if energy else 0.0

@@ -92,6 +92,14 @@ class GgufSource:
         kept."""
         return None
 
+    @property
+    def quantized_bytes(self) -> int | None:
+        """Bytes of all tensors where matrices were quantized before; None if none were."""
+        floats = ("F32", "F16", "BF16")
+        if all(one.type_name in floats for one in self._entries if self._is_matrix(one)):
+            return None
+        return sum(one.n_bytes for one in self._entries)
+
     def n_elements(self) -> int:
         """Weights, for progress."""
         return sum(one.n_elements for one in self._entries)

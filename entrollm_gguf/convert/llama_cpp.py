@@ -131,6 +131,14 @@ class SourceModel:
                 return Integers.ROWS if all(one.get("strategy") == "channel" for one in weights) else Integers.GROUPS
         return None
 
+    @property
+    def quantized_bytes(self) -> int | None:
+        """Bytes of the weights' files where the weights were quantized to a grid that cannot be
+        kept; None for all others."""
+        if self.integers is not Integers.GROUPS:
+            return None
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+
     def names(self) -> set[str]:
         """Names of the weights, as the checkpoint has them."""
         return set(self._model.model_tensors)

@@ -51,6 +51,7 @@ class ConversionReport:
     file_bytes: int
     seconds: float
     rate: float | None = None  # bits per coded weight that the recipe aimed at, None for fixed grids, bits and size
+    bits_before: float | None = None  # per weight, where the weights had been quantized to another grid
 
     @property
     def n_weights(self) -> int:
@@ -177,13 +178,15 @@ def convert_model(
             target = find_target(survey, bits=bits, size=size, rate=rate)
             encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step_for(survey, target))
         else:
-            encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer]))
+            encoded = encode(lambda name: Treatment(chosen.kind, QUANTIZERS[chosen.quantizer], exact=chosen.exact))
         with contextlib.closing(encoded):
             records = tuple(part.record for part in encoded.parts)
             file_type = import_gguf().LlamaFileType[f"MOSTLY_{chosen.kind.name}"]
             source.write_file(temporary, encoded.outputs(), metadata(chosen, records, basis), file_type)
         n_bytes = temporary.stat().st_size
-    return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started, rate)
+    before = source.quantized_bytes
+    bits_before = None if before is None else before * 8 / sum(record.n_elements for record in records)
+    return ConversionReport(out, chosen.name, records, n_bytes, time.monotonic() - started, rate, bits_before)
 
 
 def plan_model(
@@ -353,6 +356,7 @@ def _spill_all(
         if progress:
             progress(sum(p.record.n_elements for p in parts), total, record.name)
 
+    measure = source.quantized_bytes is not None
     with window(threads) as jobs:
 
         def handle(name: str, data: Any, raw_dtype: int | None) -> None:
@@ -362,12 +366,16 @@ def _spill_all(
                 parts.append(_write_chunked(name, data, raw_dtype, spill))
                 return
             room = math.prod(data.shape)
+            treatment = treat(name)
             if decision.fate is Fate.CODED:
-                treatment = treat(name)
                 room += treatment.workspace
-                work = functools.partial(code_tensor, name, evaluate(data), treatment, folding, jobs.threads_for(room), tile_cols)
+                work = functools.partial(
+                    code_tensor, name, evaluate(data), treatment, folding, jobs.threads_for(room), tile_cols, measure=measure
+                )
             else:
-                work = functools.partial(leave_tensor, name, evaluate(data), raw_dtype, decision, folding, jobs.threads_for(room))
+                work = functools.partial(
+                    leave_tensor, name, evaluate(data), raw_dtype, decision, folding, jobs.threads_for(room), exact=treatment.exact
+                )
             jobs.put(room, work, done)
 
         source.each_tensor(handle)

@@ -24,6 +24,7 @@ class Recipe:
     summary: str  # one line for --help
     bits: float | None = None  # per entropy-coded weight, for steps by rate
     calibrated_bits: float | None = None  # the same with calibration by a text; None means `bits`
+    exact: bool = False  # no weight changes by a bit
 
     def bits_for(self, calibrated: bool) -> float | None:
         """Bits per entropy-coded weight that a conversion aims at, None for recipes with a fixed
@@ -55,6 +56,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("EQ4-paper", EntropyType.EQ4, "paper", "EntroLLM uint4; small, but the model's quality collapses"),
         Recipe("EQ4-mixed", EntropyType.EQ4, "mixed", "4 bits, symmetric or asymmetric; quality collapses as well"),
         Recipe("EQ4-rows", EntropyType.EQ4, "rows", "4 bits, symmetric, a scale for each row"),
+        Recipe("EBF16", EntropyType.EBF16, "lossless", "bf16 checkpoints bit by bit, in about 11 bits; decoded at load", exact=True),
     )
 }
 

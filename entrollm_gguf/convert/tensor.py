@@ -27,6 +27,7 @@ class Treatment:
     kind: EntropyType
     quantizer: Quantizer
     workspace: int = 0  # memory that quantizing takes beside the weights, in f32 numbers
+    exact: bool = False  # weights that cannot be coded stay as they are, to the bit
 
 
 class Fate(Enum):
@@ -63,7 +64,14 @@ def decide(name: str, data: Any, raw_dtype: int | None) -> Decision:
 
 
 def code_tensor(
-    name: str, weights: np.ndarray, treatment: Treatment, folding: Folding, threads: int, tile_cols: int | None
+    name: str,
+    weights: np.ndarray,
+    treatment: Treatment,
+    folding: Folding,
+    threads: int,
+    tile_cols: int | None,
+    *,
+    measure: bool = False,
 ) -> tuple[np.ndarray, TensorRecord, int]:
     """Final bytes, record and ggml type of a tensor that is to be entropy-coded; in a stock type
     where its weights do not allow it.
@@ -71,30 +79,43 @@ def code_tensor(
     Args:
         weights: f16 or f32.
         folding: factors that are applied first.
+        measure: tell the error in the record.
     Raises:
         ConversionError: NaN or infinite weights.
     """
     weights = folding.apply(name, weights)
     try:
-        payload, record = encode_tensor(name, weights, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=threads)
+        payload, record = encode_tensor(
+            name, weights, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=threads, measure=measure
+        )
     except Unquantizable as error:
-        return keep(name, weights, str(error), threads)
+        return keep(name, weights, str(error), threads, exact=treatment.exact)
     return payload, record, import_gguf().GGMLQuantizationType[record.type_name]
 
 
 def leave_tensor(
-    name: str, data: np.ndarray, raw_dtype: int | None, decision: Decision, folding: Folding, threads: int
+    name: str,
+    data: np.ndarray,
+    raw_dtype: int | None,
+    decision: Decision,
+    folding: Folding,
+    threads: int,
+    *,
+    exact: bool = False,
 ) -> tuple[np.ndarray, TensorRecord, int]:
     """The same for a tensor that is kept, or that comes in its final type.
 
     Args:
         data, raw_dtype: as for `decide`, evaluated.
+        exact: as for `keep`.
     Raises:
         ConversionError: NaN weights, or infinite ones where there may be none.
     """
     if data.dtype in (np.float16, np.float32):
         data = folding.apply(name, data)
-    return keep(name, data, decision.reason, threads) if decision.fate is Fate.KEPT else _as_is(name, data, raw_dtype)
+    if decision.fate is Fate.KEPT:
+        return keep(name, data, decision.reason, threads, exact=exact)
+    return _as_is(name, data, raw_dtype)
 
 
 def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarray, TensorRecord, int]:
@@ -127,13 +148,14 @@ _NAMES_OF_DTYPES = {
 }
 
 
-def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> tuple[np.ndarray, TensorRecord, int]:
+def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1, *, exact: bool = False) -> tuple[np.ndarray, TensorRecord, int]:
     """A matrix that cannot be entropy-coded, in the smallest stock type that holds it: Q8_0 where
     llama-quantize would choose it, BF16 if that is exact, F16, else F32.
 
     Args:
         data: f16 or f32, any shape.
         reason: for the record.
+        exact: no bit may be lost: BF16, F16 or F32.
     Returns:
         bytes (uint8), record and ggml type.
     Raises:
@@ -144,12 +166,12 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1) -> t
         raise ConversionError(f"tensor {name}: a weight is NaN or infinite; the checkpoint is damaged or its training diverged")
     shape = tuple(data.shape)
     rows = np.ascontiguousarray(data).reshape(math.prod(shape[:-1]), shape[-1])
-    candidates = [(types.Q8_0, MAX_COARSE)] if can_be_q8_0(name, shape) else []
-    candidates += [(types.BF16, 0), (types.F16, MAX_COARSE)]
+    candidates = [(types.Q8_0, MAX_COARSE)] if can_be_q8_0(name, shape) and not exact else []
+    candidates += [(types.BF16, 0), (types.F16, 0 if exact else MAX_COARSE)]
     if rows.size == 0:
         candidates = []
     for ggml_type, share in candidates:
-        kept, n_lost = _as_type(rows, ggml_type, threads)
+        kept, n_lost = _as_type(rows, ggml_type, 0.0 if exact else _LOST_AT_MOST[ggml_type.name], threads)
         if n_lost <= share * len(rows):
             break
     else:
@@ -173,15 +195,15 @@ def chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
 _LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-18}
 
 
-def _as_type(rows: np.ndarray, ggml_type: Any, threads: int | None) -> tuple[np.ndarray, int]:
+def _as_type(rows: np.ndarray, ggml_type: Any, allowed: float, threads: int | None) -> tuple[np.ndarray, int]:
     """Rows in a stock type, uint8 (n_rows, row bytes), and how many of them lose more than they
     should.
 
     Args:
         rows: f16 or f32, shape (n_rows, n_cols), finite.
+        allowed: share of its energy that a row may lose.
     """
     gguf = import_gguf()
-    allowed = _LOST_AT_MOST[ggml_type.name]
     # not gguf.quants.quantize, which `SourceModel.each_tensor` replaces for a while on another
     # thread
     quantize = {"Q8_0": gguf.quants.Q8_0.quantize, "BF16": gguf.quants.BF16.quantize, "F16": lambda x: x.astype(np.float16)}[ggml_type.name]

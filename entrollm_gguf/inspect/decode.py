@@ -20,7 +20,7 @@ from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import ModelFile, TensorEntry, open_model
 from entrollm_gguf.progress import Progress
 
-_FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "F16": "MOSTLY_F16", "Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1"}
+_FILE_TYPES = {name: f"MOSTLY_{name}" for name in ("Q8_0", "F16", "Q4_0", "Q4_1", "BF16")}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 
 from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, Quantizer
 from entrollm_gguf.quant.kept import quantize_kept
+from entrollm_gguf.quant.lossless import quantize_lossless
 from entrollm_gguf.quant.mixed import quantize_mixed
 from entrollm_gguf.quant.paper import quantize_paper
 from entrollm_gguf.quant.profile import Profile, profile
@@ -16,6 +17,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "mixed": quantize_mixed,
     "rows": quantize_rows,
     "kept": quantize_kept,
+    "lossless": quantize_lossless,
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Quantizer",
     "profile",
     "quantize_kept",
+    "quantize_lossless",
     "quantize_mixed",
     "quantize_paper",
     "quantize_rows",

@@ -44,6 +44,7 @@ class Quantized:
     n_coarse: int = 0  # rows that `count_coarse` found
     kind: EntropyType | None = None  # set where the codes decide it; else it is what was asked for
     scale_error: float | None = None  # for codes and scales that were given: the largest relative error of rounding a scale to f16
+    rests: np.ndarray | None = None  # uint8, for EBF16: sign and mantissa of each weight
 
 
 Quantizer = Callable[[np.ndarray, EntropyType, int | None], Quantized]

@@ -4,6 +4,7 @@ before, split or coded, or that are no model, are told apart."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -98,18 +99,39 @@ def test_what_was_quantized_before(as_gguf, tmp_path):
         source, out = quantized(original, type_name), tmp_path / f"{type_name}.gguf"
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            convert_model(source, out, recipe="EQ8-rows")
+            report = convert_model(source, out, recipe="EQ8-rows")
         assert (
             any(issubclass(one.category, ConversionWarning) and "what that lost stays lost" in str(one.message) for one in said) == warned
         )
         assert verify_file(out).problems == ()
+        n_bits = 8 * sum(one.n_bytes for one in tensors(source).values())
+        assert report.bits_before == pytest.approx(n_bits / report.n_weights)
         gguf = import_gguf()
+        added = {record.name: record.added_error for record in report.tensors}
         for name, one in tensors(out).items():
             if one.type_name == "EQ8":
                 before = tensors(source)[name]
                 weights = gguf.quants.dequantize(before.data, gguf.GGMLQuantizationType[before.type_name]).reshape(one.shape)
                 again = gguf.quants.dequantize(one.data, gguf.GGMLQuantizationType.EQ8).reshape(one.shape)
-                assert np.square(weights - again).mean() <= 2e-3 * np.square(weights).mean(), name
+                error = np.square(weights - again, dtype=np.float64).mean() / np.square(weights, dtype=np.float64).mean()
+                assert error <= 2e-3, name
+                assert added[name] == pytest.approx(error, rel=1e-3), name
+
+
+def test_the_summary_compares(as_gguf, tmp_path, capsys):
+    """Bits before and after and the error added, where weights were quantized before, and there
+    alone."""
+    for type_name, compared in (("Q4_0", True), (None, False)):
+        source = as_gguf("llama", "f16") if type_name is None else quantized(as_gguf("llama", "f16"), type_name)
+        out = tmp_path / f"{type_name}.gguf"
+        assert main(["convert", str(source), str(out), "--recipe", "EQ8-paper"]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("quantized again" in said) == compared
+        if compared:
+            assert re.search(
+                r"quantized again \d\.\d\d bits per weight before, \d\.\d\d now; adds an error of \d\.\de-0\d of a matrix's energy, at most",
+                said,
+            )
 
 
 def test_a_split_file(as_gguf, tmp_path):

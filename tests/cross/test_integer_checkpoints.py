@@ -144,6 +144,8 @@ def test_groups_are_quantized_again(make, tmp_path):
         warnings.simplefilter("always")
         report = convert_model(folder, tmp_path / "out.gguf")
     assert report.recipe == DEFAULT_RECIPE
+    assert report.bits_before == 8 * (folder / "model.safetensors").stat().st_size / report.n_weights
+    assert all(0 < record.added_error < 0.01 for record in report.coded())
     assert any(issubclass(one.category, ConversionWarning) and "a scale for each group" in str(one.message) for one in said)
 
 

@@ -29,7 +29,7 @@ NAME = "blk.0.ffn_up.weight"  # of every case's tensor
 # three row groups, the last one with 3 rows, of 16 units; codes that use direct codes, classes, and
 # the far stream
 ROWS, COLS = 35, 64
-CODE = {1: make_code(5, 3, 1, -12), 2: make_code(2, 0, 2, -1)}
+CODE = {1: make_code(5, 3, 1, -12), 2: make_code(2, 0, 2, -1), 3: make_code(5, 3, 1, -12)}
 RAW_SIZE = {1: 16 * 8 * 5, 2: 16 * 8 * 2}
 
 
@@ -39,9 +39,11 @@ def _codes(kind: int) -> np.ndarray:
 
 
 def _slab(kind: int = 1, rows: bool = False, offset: int = 0, codes: np.ndarray | None = None, **keywords) -> bytearray:
-    scales = np.full(ROWS if rows else 1, 0.5, np.float16)
+    scales = np.full(ROWS if rows else 1, 0 if kind == 3 else 0.5, np.float16)
     offsets = None if offset == 0 else np.full(1 if offset == 1 else ROWS, 4.0, np.float32)
     codes = _codes(kind) if codes is None else codes
+    if kind == 3:
+        keywords["rests"] = np.random.default_rng(3).integers(0, 256, codes.shape, np.uint8)
     return bytearray(encode_slab(codes, kind, scales, offsets, name=NAME, **{"code": CODE[kind], "device_size": 4096, **keywords}))
 
 
@@ -74,7 +76,7 @@ def _put_in(field: int, form: str, index: int, value) -> Callable[[bytearray], N
     return lambda data: struct.pack_into("<" + form, data, _field(data, field) + index, value)
 
 
-SLAB_SIZE, DEVICE_SIZE, SCALES, OFFSETS, INDEX, BODY, BODY_SIZE, PARAMETERS = 16, 48, 56, 64, 72, 80, 88, 96
+SLAB_SIZE, DEVICE_SIZE, SCALES, OFFSETS, INDEX, BODY, BODY_SIZE, PARAMETERS, RESTS = 16, 48, 56, 64, 72, 80, 88, 96, 112
 
 # 5.1 header
 _add("empty", "truncated", lambda d: bytearray())
@@ -90,9 +92,11 @@ _add("version-1-behind-the-magic-of-2", "bad-version", _put("H", 4, 1))
 _add("version-3", "bad-version", _put("H", 4, 3))
 _add("kind-0", "bad-kind", _put("B", 6, 0))
 _add("kind-of-the-other-type", "bad-kind", _put("B", 6, 2))
-_add("kind-reserved-ebf16", "bad-kind", _put("B", 6, 3))
+_add("kind-of-ebf16", "bad-kind", _put("B", 6, 3))
+_add("kind-4", "bad-kind", _put("B", 6, 4))
+_add("ebf16-kind-of-eq8", "bad-kind", _put("B", 6, 1), kind=3)
 _add("reserved-byte-7", "bad-reserved", _put("B", 7, 1))
-_add("reserved-tail-first", "bad-reserved", _put("B", 112, 1))
+_add("reserved-tail-first", "bad-reserved", _put("B", 120, 1))
 _add("reserved-tail-last", "bad-reserved", _put("B", 255, 1))
 for delta in (-1, 1, -256, 256, 1 << 40):
     _add(f"slab-size{delta:+}", "bad-layout", lambda d, delta=delta: _put("Q", SLAB_SIZE, len(d) + delta)(d))
@@ -142,6 +146,18 @@ _add("body-size-too-small", "bad-layout", _put("Q", BODY_SIZE, 3 * RAW_SIZE[1] -
 _add("body-size-0", "bad-layout", _put("Q", BODY_SIZE, 0))
 _add("body-size-too-large", "bad-layout", _put("Q", BODY_SIZE, 1 << 35))
 _add("body-size-max", "bad-layout", _put("Q", BODY_SIZE, 2**64 - 8))
+
+# 5.8 bf16
+_add("rests-at-of-another-kind", "bad-layout", _put("Q", RESTS, 512))
+_add("ebf16-rests-at-0", "bad-layout", _put("Q", RESTS, 0), kind=3)
+_add("ebf16-rests-at-later", "bad-layout", lambda d: _put("Q", RESTS, _field(d, RESTS) + 64)(d), kind=3)
+_add("ebf16-rests-in-the-body", "bad-layout", lambda d: _put("Q", RESTS, _field(d, BODY))(d), kind=3)
+_add("ebf16-body-at-the-rests", "bad-layout", lambda d: _put("Q", BODY, _field(d, RESTS))(d), kind=3)
+_add("ebf16-with-a-scale", "bad-scale", _put("H", 38, 0x3C00), kind=3)
+_add("ebf16-with-scales", "bad-mode", _put("B", 36, 1), kind=3)
+_add("ebf16-with-an-offset", "bad-mode", _put("B", 37, 1), kind=3)
+_add("ebf16-with-a-device-size", "bad-layout", _put("Q", DEVICE_SIZE, 4096), kind=3)
+_add("ebf16-last-byte-missing", "truncated", lambda d: d[:-1], kind=3)
 
 # 5.2 code
 _add("raw-bits-0", "bad-table", _put("B", PARAMETERS, 0))
@@ -212,6 +228,9 @@ _add("hash-of-another-slab", "bad-hash", lambda d: bytearray(rehash(bytes(d), NA
 _add("slack-not-zero", "bad-reserved", lambda d: d.__setitem__(-1, 1), verdict="accept")
 _add("gap-not-zero", "bad-reserved", _put_in(INDEX, "B", 4 * 3, 1), verdict="accept")
 _add("gap-behind-scales-not-zero", "bad-reserved", _put_in(SCALES, "B", 2 * ROWS, 1), verdict="accept", rows=True)
+_add("ebf16-gap-behind-the-index-not-zero", "bad-reserved", _put_in(INDEX, "B", 4 * 3, 1), verdict="accept", kind=3)
+CASES.append(Case("ebf16-gap-behind-rests-not-zero", "bad-reserved", "accept", lambda: _gap_behind_rests()))
+_add("ebf16-hash-of-other-rests", "bad-hash", _put_in(RESTS, "B", 0, 0), verdict="accept", keep_hash=True, kind=3)
 _add("body-inverted", "bad-stream", lambda d: _fill(d, lambda body: 255 - body), verdict="accept")
 _add("body-zero", "bad-stream", lambda d: _fill(d, lambda body: body * 0), verdict="accept")
 _add("body-ones", "bad-stream", lambda d: _fill(d, lambda body: body * 0 + 255), verdict="accept")
@@ -226,6 +245,14 @@ _add("tail-missing", "bad-stream", lambda d: _regroup(d, lambda tail, far: far[-
 _add("far-stream-missing", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail), verdict="accept")
 _add("far-stream-with-more", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail + far + far[:8]), verdict="accept")
 _add("all-but-raw-bits-missing", "bad-stream", lambda d: _regroup(d, lambda tail, far: b""), verdict="accept")
+
+
+def _gap_behind_rests() -> Built:
+    """33 rows of 32 bytes end within 64."""
+    codes, rests = np.zeros((33, 32), np.int8), np.zeros((33, 32), np.uint8)
+    d = bytearray(encode_slab(codes, 3, np.zeros(1, np.float16), rests=rests, name=NAME))
+    d[_field(d, RESTS) + rests.size] = 1
+    return rehash(bytes(d), NAME), 3, (32, 33, 1, 1)
 
 
 def _fill(d: bytearray, change: Callable[[np.ndarray], np.ndarray]) -> None:

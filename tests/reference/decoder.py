@@ -17,7 +17,7 @@ import xxhash
 
 # ---- 2 Conventions, 3 Glossary ----
 
-KIND_EQ8, KIND_EQ4 = 1, 2
+KIND_EQ8, KIND_EQ4, KIND_EBF16 = 1, 2, 3
 GROUP_ROWS = 16
 UNIT_COLS = 4
 UNIT = 64  # weights
@@ -125,6 +125,7 @@ class Slab:
     scales: np.ndarray  # float16 (n_rows,)
     offsets: np.ndarray  # float32 (n_rows,)
     index: np.ndarray  # (n_groups,): begin, in units of 8 bytes
+    rests: np.ndarray  # 5.8: uint8 (n_rows, n_cols); no rows unless the kind is EBF16
     body_at: int
     body_size: int
     gaps: list[tuple[int, int]]  # unused byte ranges between sections, and the slack
@@ -153,7 +154,7 @@ class Slab:
 
 
 # 5.1; the names follow the table of the document
-_HEADER = struct.Struct("<4sHBBQQIIIBBHfIQQQQQQ16s")
+_HEADER = struct.Struct("<4sHBBQQIIIBBHfIQQQQQQ16sQ")
 MAGIC, MAGIC_1 = bytes.fromhex("45515450"), bytes.fromhex("45515431")
 
 
@@ -168,22 +169,27 @@ def parse_slab(data: bytes, kind: int, n_cols: int, n_rows: int, n_slabs: int) -
     # 5.1
     require(len(data) >= 256, "truncated", "no header")
     (magic, version, h_kind, reserved, digest, slab_size, h_cols, h_rows, h_slabs, scale_mode, offset_mode, scale_bits, offset, tile_cols,
-     device_size, scales_at, offsets_at, index_at, body_at, body_size, code_bytes) = _HEADER.unpack_from(data)  # fmt: skip
+     device_size, scales_at, offsets_at, index_at, body_at, body_size, code_bytes, rests_at) = _HEADER.unpack_from(data)  # fmt: skip
     require(magic != MAGIC_1, "old-version", "version 1: convert the model again")
     require(magic == MAGIC, "bad-magic")
     require(version == 2, "bad-version")
-    require(h_kind in (KIND_EQ8, KIND_EQ4) and h_kind == kind, "bad-kind")
-    require(reserved == 0 and not any(data[112:256]), "bad-reserved")
+    require(h_kind in (KIND_EQ8, KIND_EQ4, KIND_EBF16) and h_kind == kind, "bad-kind")
+    require(reserved == 0 and not any(data[120:256]), "bad-reserved")
     require((h_cols, h_rows, h_slabs) == (n_cols, n_rows, n_slabs), "bad-shape")
     require(n_cols % 32 == 0 and 32 <= n_cols <= 1 << 24 and 1 <= n_rows < 1 << 31 and 1 <= n_slabs <= 1 << 16, "bad-shape")
     require(tile_cols % 32 == 0 and 32 <= tile_cols <= 1024, "bad-shape", "tile_cols")
     require(scale_mode in (0, 1) and offset_mode in (0, 1, 2), "bad-mode")
+    is_ebf16 = kind == KIND_EBF16
+    require(not is_ebf16 or (scale_mode, offset_mode) == (0, 0), "bad-mode", "5.8")
     scale = np.array([scale_bits], np.uint16).view(np.float16)[0]
-    require(np.isfinite(scale) if scale_mode == 0 else scale_bits == 0, "bad-scale")
+    require(np.isfinite(scale) if scale_mode == 0 and not is_ebf16 else scale_bits == 0, "bad-scale")
     require(np.isfinite(offset) if offset_mode == 1 else data[40:44] == bytes(4), "bad-scale")
     n_tiles = ceil_div(n_rows, 32) * ceil_div(n_cols, tile_cols)
     device_limit = min(1 << 46, 4096 + 6 * n_rows + 176 * n_tiles + 2 * n_rows * n_cols)
-    require(device_size % 256 == 0 and 256 + 512 + 256 <= device_size <= device_limit, "bad-layout", "device_size")
+    if is_ebf16:
+        require(device_size == 0, "bad-layout", "device_size")
+    else:
+        require(device_size % 256 == 0 and 256 + 512 + 256 <= device_size <= device_limit, "bad-layout", "device_size")
 
     # 5.2
     code = parse_code(code_bytes)
@@ -198,13 +204,14 @@ def parse_slab(data: bytes, kind: int, n_cols: int, n_rows: int, n_slabs: int) -
         (scale_mode == 1, 2 * n_rows),
         (offset_mode == 2, 4 * n_rows),
         (True, 4 * n_groups),
+        (is_ebf16, n_rows * n_cols),
         (True, body_size),
     ):
         places.append(align(end, 64) if present else 0)
         if present:
             gaps.append((end, places[-1]))
             end = places[-1] + size
-    require([scales_at, offsets_at, index_at, body_at] == places, "bad-layout", "section offsets")
+    require([scales_at, offsets_at, index_at, rests_at, body_at] == places, "bad-layout", "section offsets")
 
     # 5.7
     least = align(end, 256) + 256
@@ -227,8 +234,9 @@ def parse_slab(data: bytes, kind: int, n_cols: int, n_rows: int, n_slabs: int) -
     index = np.frombuffer(data, "<u4", n_groups, index_at)
     require(index[0] == 0, "bad-index", "the first group")
     require(bool((np.diff(np.append(8 * index.astype(np.int64), body_size)) >= raw_size).all()), "bad-index", "a group is too short")
+    rests = np.frombuffer(data, np.uint8, n_rows * n_cols if is_ebf16 else 0, rests_at).reshape(-1, n_cols)
     return Slab(
-        data, kind, n_cols, n_rows, n_slabs, scale_mode, offset_mode, tile_cols, device_size, digest, code, scales, offsets, index,
+        data, kind, n_cols, n_rows, n_slabs, scale_mode, offset_mode, tile_cols, device_size, digest, code, scales, offsets, index, rests,
         body_at, body_size, gaps,
     )  # fmt: skip
 
@@ -332,8 +340,16 @@ def decode_codes(slab: Slab) -> np.ndarray:
     return np.concatenate([decode_group(slab, group).codes for group in range(slab.n_groups)])[: slab.n_rows]
 
 
+def decode_bf16(slab: Slab) -> np.ndarray:
+    """5.8: sign, exponent and mantissa of each weight as the 16 bits of a bf16, uint16."""
+    exponent, rest = decode_codes(slab).astype(int) + 128, slab.rests.astype(int)
+    return ((rest >> 7) << 15 | exponent << 7 | rest & 127).astype(np.uint16)
+
+
 def decode_weights(slab: Slab) -> np.ndarray:
     """The weights of 6: float32, shape (n_rows, n_cols)."""
+    if slab.kind == KIND_EBF16:
+        return (decode_bf16(slab).astype(np.uint32) << 16).view(np.float32)
     return slab.scales.astype(np.float32)[:, None] * decode_codes(slab).astype(np.float32) + slab.offsets[:, None]
 
 
@@ -344,6 +360,8 @@ def minimum(scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def decode_plain(slab: Slab) -> tuple[str, bytes]:
     """6.1: name of the stock type and its rows in ggml's block layout."""
+    if slab.kind == KIND_EBF16:
+        return "BF16", decode_bf16(slab).astype("<u2").tobytes()
     if slab.kind == KIND_EQ8 and slab.offset_mode:
         with np.errstate(over="ignore"):
             return "F16", decode_weights(slab).astype("<f2").tobytes()

@@ -119,6 +119,7 @@ def encode_slab(
     scales: np.ndarray,
     offsets: np.ndarray | None = None,
     *,
+    rests: np.ndarray | None = None,
     name: str = "",
     i_slab: int = 0,
     code: Code | None = None,
@@ -133,6 +134,7 @@ def encode_slab(
         codes: int8 (n_rows, n_cols).
         scales: float16 (1,) or (n_rows,).
         offsets: float32 of the same shapes, or None.
+        rests: uint8 of the shape of codes, for EBF16.
         name, i_slab: of the tensor and in it, for the hash.
         code: None for default_code.
         device_size: None for one that suffices whatever the host's code.
@@ -151,6 +153,7 @@ def encode_slab(
         scales.astype("<f2").tobytes() if scale_mode else None,
         offsets.astype("<f4").tobytes() if offsets is not None and offset_mode == 2 else None,
         index,
+        None if rests is None else rests.tobytes(),
         body,
     ]
     data, places = bytes(256), []
@@ -160,12 +163,13 @@ def encode_slab(
         places.append(0 if section is None else len(data))
         data += section or b""
     size = slab_size or align(len(data), 256) + 256
-    device_size = device_size or device_size_bound(n_rows, n_cols, tile_cols)
+    device_size = 0 if rests is not None else device_size or device_size_bound(n_rows, n_cols, tile_cols)
+    rests_at = places.pop(3)
     class_base = np.array(code.class_base, np.int8).tobytes().ljust(8, b"\0")
     header = _HEADER.pack(
         MAGIC, 2, kind, 0, 0, size, n_cols, n_rows, n_slabs, scale_mode, offset_mode,
         0 if scale_mode else int(scales.astype("<f2").view("<u2")[0]), float(offsets[0]) if offset_mode == 1 else 0.0, tile_cols, device_size,
-        *places, len(body), _CODE.pack(code.raw_bits, code.bin_bits, code.tail, code.base, class_base, bytes(4)),
+        *places, len(body), _CODE.pack(code.raw_bits, code.bin_bits, code.tail, code.base, class_base, bytes(4)), rests_at,
     )  # fmt: skip
     return rehash((header.ljust(256, b"\0") + data[256:]).ljust(size, b"\0"), name, i_slab)
 

@@ -16,10 +16,10 @@ from entrollm_gguf.convert.pipeline import convert_model
 
 
 def main(folder: Path) -> None:
-    """Convert one tiny model with an 8-bit and a 4-bit recipe."""
+    """Convert one tiny model with an 8-bit, a 4-bit and the lossless recipe."""
     logging.disable(logging.WARNING)
     model = build_tiny_model("mistral", folder / "model", folder)
-    for recipe in ("EQ8-paper", "EQ4-mixed"):
+    for recipe in ("EQ8-paper", "EQ4-mixed", "EBF16"):
         path = folder / f"{recipe}.gguf"
         convert_model(model.folder, path, recipe=recipe, force=True)
         print(path)

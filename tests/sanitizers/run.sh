@@ -42,7 +42,7 @@ if [ "$kind" = address ]; then
     ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
         ENTROLLM_CODEC_LIBRARY="$built/libggml-base.so" \
         "$bin/python" -m pytest -q tests/unit/test_codec.py tests/unit/test_code_plan.py tests/unit/test_vectors.py \
-        tests/unit/test_malformed.py tests/unit/test_damaged.py -p no:cacheprovider 2>&1 | tee "$work/codec.log"
+        tests/unit/test_malformed.py tests/unit/test_damaged.py tests/unit/test_ebf16.py -p no:cacheprovider 2>&1 | tee "$work/codec.log"
     ops 1 3
     echo "== loader, load and fused mode"
     for model in $("$bin/python" tests/sanitizers/make_models.py "$work"); do

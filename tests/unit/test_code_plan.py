@@ -43,7 +43,8 @@ def code_lengths(code: RefCode) -> np.ndarray:
 
 
 def cost_of(n_bits, n_far, raw_bits: int, n_planes: int, n_weights: int):
-    """What a code is judged by: its bits, and a decoder's time for planes, tails and far weights (numbers or arrays)."""
+    """What a code is judged by: its bits, and a decoder's time for planes, tails and far weights
+    (numbers or arrays)."""
     n_tail_bits = n_bits - raw_bits * n_weights - 8 * n_far
     return n_bits + PLANE_COST * n_planes * n_weights + TAIL_COST * n_tail_bits + FAR_COST * n_far
 
@@ -173,8 +174,9 @@ def test_parts_are_counted(rng):
 
 
 def test_a_decoder_s_time_is_charged():
-    """The costs of the header are in the plan: for 4.2 bits a longer raw part with a rare tail, where the smallest code has tails at every
-    second weight; the price is a hundredth of the size."""
+    """The costs of the header are in the plan: for 4.2 bits it has a longer raw part and a rare
+    tail, where the smallest code has a tail at every second weight. The price is a hundredth of the
+    size."""
     assert 0 < PLANE_COST < 0.1 and 0 < TAIL_COST < 0.5 and 0 < FAR_COST < 16
     counts = gaussian_counts(4.6)
     plan = check_plan(counts)

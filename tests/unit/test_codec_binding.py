@@ -61,7 +61,7 @@ def test_tail_shapes_are_those_of_the_document():
 def test_sizes_of_structures():
     assert ctypes.sizeof(codec_c.Header) == ctypes.sizeof(codec_c.LanesHeader) == codec.HEADER_SIZE
     assert ctypes.sizeof(codec_c.Code) == 16 and ctypes.sizeof(codec_c.Extent) == 8
-    pointers = 4 * ctypes.sizeof(ctypes.c_void_p)
+    pointers = 6 * ctypes.sizeof(ctypes.c_void_p)
     assert ctypes.sizeof(codec_c.View) == codec.HEADER_SIZE + pointers + 2 * 8
     assert codec_c.View.scales.offset == codec.HEADER_SIZE
     assert ctypes.sizeof(codec_c.Plan) == 16 + 256 + 3 * 8

@@ -12,7 +12,7 @@ from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.errors import FormatError
 
-TYPES = {1: EntropyType.EQ8, 2: EntropyType.EQ4}
+TYPES = {1: EntropyType.EQ8, 2: EntropyType.EQ4, 3: EntropyType.EBF16}
 
 # what ggml_entropy_status_str says for each rule of the document
 MESSAGES = {

@@ -155,6 +155,7 @@ def test_they_cover_what_the_document_has():
 def test_the_script_makes_them(tmp_path):
     """No file here was edited by hand."""
     make.write(tmp_path)
+    make.write_ebf16(tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name
     extra = {path.name for path in FOLDER.iterdir() if path.is_file()} - {path.name for path in tmp_path.iterdir()}

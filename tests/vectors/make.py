@@ -205,7 +205,49 @@ def write(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
+#: name -> shape: rows that fill a group and do not, slabs, and more than 256 columns
+EBF16_VECTORS = {
+    "ebf16-1x32": (1, 32),
+    "ebf16-33x160": (33, 160),
+    "ebf16-2x544": (2, 544),
+    "ebf16-2x17x32-slabs": (2, 17, 32),
+    "ebf16-any-bits": (16, 64),
+}
+
+
+def make_bf16(name: str) -> np.ndarray:
+    """Weights as the 16 bits of a bf16 each: exponents of a bell around 2^-6 with single ones
+    anywhere, or any bits."""
+    shape = EBF16_VECTORS[name]
+    n = int(np.prod(shape))
+    noise = random_bytes(name, 7 * n).reshape(7, n)
+    if name == "ebf16-any-bits":
+        return (noise[0] << 8 | noise[1]).astype(np.uint16).reshape(shape)
+    exponents = np.where(noise[4] < 4, noise[5], 121 + (noise[:4].sum(axis=0) - 510) // 128)
+    return (exponents << 7 | (noise[6] & 128) << 8 | noise[6] & 127).astype(np.uint16).reshape(shape)
+
+
+def write_ebf16(folder: Path) -> None:
+    """Vectors of EBF16 and their index, `ebf16.json`: `NAME.bf16` are the weights, u16 each."""
+    index = []
+    for name, shape in EBF16_VECTORS.items():
+        bits = make_bf16(name)
+        codes, rests = split_bf16(bits)
+        payload = codec.encode(EntropyType.EBF16, codes, np.zeros(1, np.float16), rests=rests, name=name).payload.tobytes()
+        index.append({"name": name, "shape": list(shape), "sha256": hashlib.sha256(payload).hexdigest()})
+        (folder / f"{name}.payload").write_bytes(payload)
+        (folder / f"{name}.bf16").write_bytes(bits.astype("<u2").tobytes())
+    (folder / "ebf16.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def split_bf16(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes int8 and rests uint8 of 5.8."""
+    codes = ((bits >> 7 & 255).astype(int) - 128).astype(np.int8)
+    return codes, (bits >> 8 & 128 | bits & 127).astype(np.uint8)
+
+
 if __name__ == "__main__":
-    for old in [*FOLDER.glob("*.payload"), *FOLDER.glob("*.codes")]:
+    for old in [*FOLDER.glob("*.payload"), *FOLDER.glob("*.codes"), *FOLDER.glob("*.bf16")]:
         old.unlink()
+    write_ebf16(FOLDER)
     write(FOLDER)

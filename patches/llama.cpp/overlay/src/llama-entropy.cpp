@@ -67,7 +67,10 @@ void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why) {
 }
 
 void llama_entropy_check_use(const std::string & name, llm_tensor kind, ggml_op op) {
-    bool takes_coded = op == GGML_OP_MUL_MAT || op == GGML_OP_MUL_MAT_ID || op == GGML_OP_GET_ROWS;
+    // scales beside a matrix go by its kind and op
+    static const std::string WEIGHT = ".weight";
+    const bool is_weight = name.size() >= WEIGHT.size() && name.compare(name.size() - WEIGHT.size(), WEIGHT.size(), WEIGHT) == 0;
+    bool takes_coded = is_weight && (op == GGML_OP_MUL_MAT || op == GGML_OP_MUL_MAT_ID || op == GGML_OP_GET_ROWS);
     switch (kind) {
         case LLM_TENSOR_TOKEN_TYPES:       // a row of it is added
         case LLM_TENSOR_D2T:               // holds integers
@@ -349,6 +352,15 @@ static bool is_as_surveyed(const ggml_entropy_header & a, const ggml_entropy_hea
         && a.offset_mode == b.offset_mode && a.tile_cols == b.tile_cols && a.device_size == b.device_size;
 }
 
+// The decoder of the CPU backend's kernel level; the portable one where there is none.
+static ggml_entropy_decode_t fastest_decoder() {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_reg_t reg = cpu != nullptr ? ggml_backend_dev_backend_reg(cpu) : nullptr;
+    const auto get = reg == nullptr ? nullptr :
+        (ggml_entropy_decode_t (*)()) ggml_backend_reg_get_proc_address(reg, "ggml_backend_entropy_decoder");
+    return get != nullptr ? get() : ggml_entropy_decode_units;
+}
+
 // Views of all slabs of a payload, after everything that a decoder relies on was checked; with check also hashes, unused bytes, every code.
 llama_entropy_slabs llama_entropy::validate(const ggml_tensor * src, const uint8_t * data, bool check) const {
     const ggml_entropy_header & surveyed_header = headers.at(ggml_get_name(src));
@@ -361,6 +373,7 @@ llama_entropy_slabs llama_entropy::validate(const ggml_tensor * src, const uint8
     if (status != GGML_ENTROPY_OK) {
         throw_damaged(src, status);
     }
+    const ggml_entropy_decode_t decode = fastest_decoder();
     llama_entropy_slabs slabs(src->ne[2]);
     for (int64_t i = 0; i < src->ne[2]; i++) {
         // the header in the view is the one that counts from here on: if it was valid and is not now, or says something else, somebody writes
@@ -368,6 +381,7 @@ llama_entropy_slabs llama_entropy::validate(const ggml_tensor * src, const uint8
         if (status != GGML_ENTROPY_OK || !is_as_surveyed(slabs[i].header, surveyed_header)) {
             throw_changed(src);
         }
+        slabs[i].decode = decode;
     }
     status = check ? llama_entropy_verify_slabs(slabs, data, src->nb[2], ggml_get_name(src)) : GGML_ENTROPY_OK;
     if (status != GGML_ENTROPY_OK) {

@@ -45,7 +45,7 @@ bool llama_entropy_is_converted(const ggml_tensor * src, const ggml_tensor * dst
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
 
 // Throws one clear line for an entropy-coded tensor that the model takes neither for the weights of a matrix product nor for a table of rows:
-// norms, biases, integers. Even the stock type of load mode would not do for them. kind: which tensor of the model it is; op: where it is used.
+// norms, biases, scales, integers. Even the stock type of load mode would not do for them. kind: which tensor of the model it is; op: where it is used.
 void llama_entropy_check_use(const std::string & name, llm_tensor kind, ggml_op op);
 
 // The same for llama-quantize, which can neither read nor write these types.

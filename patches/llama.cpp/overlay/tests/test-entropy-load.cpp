@@ -44,7 +44,7 @@ int main() {
 
 static constexpr unsigned HANG_SECONDS      = 120;
 static constexpr size_t   DEFAULT_POSITIONS = 8192;
-static constexpr size_t   USED_HEADER       = 112;  // bytes of a slab's header that are not reserved
+static constexpr size_t   USED_HEADER       = 120;  // bytes of a slab's header that are not reserved
 
 struct test_case {
     bool    truncate;
@@ -138,7 +138,7 @@ static bool find_ranges(const std::vector<uint8_t> & data, std::vector<test_rang
         const size_t end   = begin + gguf_get_tensor_size(ctx, i);
         const ggml_type type = gguf_get_tensor_type(ctx, i);
         data_end = std::max(data_end, end);
-        if (type == GGML_TYPE_EQ8 || type == GGML_TYPE_EQ4) {
+        if (type == GGML_TYPE_EQ8 || type == GGML_TYPE_EQ4 || type == GGML_TYPE_EBF16) {
             ranges.push_back({ begin, end, begin + USED_HEADER });
             n_payloads++;
         }

@@ -257,7 +257,8 @@ static bool fill_header(
     if (!ggml_entropy_is_type(spec->type) || !shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs)
             || !tile_cols_is_valid(spec->tile_cols) || !code_is_valid(code)
             || (spec->n_scales != 1 && spec->n_scales != spec->n_rows)
-            || (spec->n_offsets != 0 && spec->n_offsets != 1 && spec->n_offsets != spec->n_rows)) {
+            || (spec->n_offsets != 0 && spec->n_offsets != 1 && spec->n_offsets != spec->n_rows)
+            || (spec->type == GGML_TYPE_EBF16) != (spec->rests != NULL)) {
         return false;
     }
     memcpy(h->magic, ggml_entropy_magic, sizeof(ggml_entropy_magic));
@@ -308,6 +309,9 @@ enum ggml_entropy_status ggml_entropy_begin(
     }
     if (h.offsets_at) {
         memcpy(base + h.offsets_at, spec->offsets, (size_t) h.n_rows * 4);
+    }
+    if (h.rests_at) {
+        memcpy(base + h.rests_at, spec->rests, (size_t) h.n_rows * h.n_cols);
     }
     uint32_t * begin = (uint32_t *) (base + h.index_at);
     uint64_t at = 0;

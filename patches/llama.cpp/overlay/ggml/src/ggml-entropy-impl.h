@@ -29,7 +29,12 @@ static inline int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 static inline int kind_of_type(enum ggml_type type) {
-    return type == GGML_TYPE_EQ8 ? GGML_ENTROPY_KIND_EQ8 : type == GGML_TYPE_EQ4 ? GGML_ENTROPY_KIND_EQ4 : 0;
+    switch (type) {
+        case GGML_TYPE_EQ8:   return GGML_ENTROPY_KIND_EQ8;
+        case GGML_TYPE_EQ4:   return GGML_ENTROPY_KIND_EQ4;
+        case GGML_TYPE_EBF16: return GGML_ENTROPY_KIND_EBF16;
+        default:              return 0;
+    }
 }
 
 static inline bool shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs) {
@@ -94,10 +99,16 @@ static inline void layout_sections(struct ggml_entropy_header * h) {
         at = align_up(at + (uint64_t) h->n_rows * 4, SECTION);
     }
     h->index_at = at;
-    h->body_at  = align_up(at + (uint64_t) count_groups(h->n_rows) * sizeof(uint32_t), SECTION);
+    at = align_up(at + (uint64_t) count_groups(h->n_rows) * sizeof(uint32_t), SECTION);
+    h->rests_at = 0;
+    if (h->kind == GGML_ENTROPY_KIND_EBF16) {
+        h->rests_at = at;
+        at = align_up(at + (uint64_t) h->n_rows * h->n_cols, SECTION);
+    }
+    h->body_at = at;
 }
 
-// body_at is below 2^36 and body_size at most MAX_BODY: no overflow.
+// body_at is below 2^56 and body_size at most MAX_BODY: no overflow.
 static inline uint64_t min_slab_size(const struct ggml_entropy_header * h) {
     return align_up(h->body_at + h->body_size, GGML_ENTROPY_ALIGN) + GGML_ENTROPY_SLACK;
 }

@@ -265,7 +265,7 @@ enum ggml_entropy_status ggml_entropy_lanes_plan_code(const uint64_t counts[256]
 // ---- writing -----------------------------------------------------------------------------------------------------------------------
 
 static bool matrix_is_valid(enum ggml_type type, int64_t n_rows, int64_t n_cols, int64_t tile_cols, int64_t group0, int64_t group1) {
-    return ggml_entropy_is_type(type) && lanes_shape_is_valid(n_cols, n_rows, 1, tile_cols)
+    return ggml_entropy_is_quantized(type) && lanes_shape_is_valid(n_cols, n_rows, 1, tile_cols)
         && 0 <= group0 && group0 <= group1 && group1 <= ceil_div(n_rows, LANES);
 }
 
@@ -338,7 +338,7 @@ enum ggml_entropy_status ggml_entropy_lanes_measure(
 
 static bool fill_lanes_header(const struct ggml_entropy_spec * spec, const uint8_t * lane_words, struct ggml_entropy_lanes_header * h) {
     memset(h, 0, sizeof(*h));
-    if (!ggml_entropy_is_type(spec->type) || !lanes_shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs, spec->tile_cols)
+    if (!ggml_entropy_is_quantized(spec->type) || !lanes_shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs, spec->tile_cols)
             || count_tiles(spec->n_cols, spec->n_rows, spec->tile_cols) > UINT32_MAX
             || (spec->n_scales != 1 && spec->n_scales != spec->n_rows)
             || (spec->n_offsets != 0 && spec->n_offsets != 1 && spec->n_offsets != spec->n_rows)) {

@@ -24,6 +24,10 @@ static_assert(sizeof(struct ggml_entropy_code)   == 16, "code size");
 static_assert(GGML_ENTROPY_CLAMP_UNITS*GGML_ENTROPY_MAX_PLANES*8 + 9 <= GGML_ENTROPY_SLACK, "slack");
 
 bool ggml_entropy_is_type(enum ggml_type type) {
+    return kind_of_type(type) != 0;
+}
+
+bool ggml_entropy_is_quantized(enum ggml_type type) {
     return type == GGML_TYPE_EQ8 || type == GGML_TYPE_EQ4;
 }
 
@@ -92,7 +96,7 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
     if (h->version != 2) {
         return GGML_ENTROPY_BAD_VERSION;
     }
-    if (h->kind != GGML_ENTROPY_KIND_EQ8 && h->kind != GGML_ENTROPY_KIND_EQ4) {
+    if (h->kind < GGML_ENTROPY_KIND_EQ8 || h->kind > GGML_ENTROPY_KIND_EBF16) {
         return GGML_ENTROPY_BAD_KIND;
     }
     if (h->reserved0 != 0 || !all_zero(h->reserved1, sizeof(h->reserved1))) {
@@ -105,9 +109,14 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
         return GGML_ENTROPY_BAD_MODE;
     }
 
+    const bool is_ebf16 = h->kind == GGML_ENTROPY_KIND_EBF16;
+    if (is_ebf16 && (h->scale_mode != GGML_ENTROPY_SCALE_ONE || h->offset_mode != GGML_ENTROPY_OFFSET_NONE)) {
+        return GGML_ENTROPY_BAD_MODE;
+    }
+
     uint32_t offset_bits;
     memcpy(&offset_bits, &h->offset, 4);
-    if (h->scale_mode == GGML_ENTROPY_SCALE_ONE ? !f16_is_finite(h->scale) : h->scale != 0) {
+    if (h->scale_mode == GGML_ENTROPY_SCALE_ONE && !is_ebf16 ? !f16_is_finite(h->scale) : h->scale != 0) {
         return GGML_ENTROPY_BAD_SCALE;
     }
     if (h->offset_mode == GGML_ENTROPY_OFFSET_ONE ? !isfinite(h->offset) : offset_bits != 0) {
@@ -119,14 +128,16 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
 
     struct ggml_entropy_header expect = *h;
     layout_sections(&expect);
-    if (h->scales_at != expect.scales_at || h->offsets_at != expect.offsets_at || h->index_at != expect.index_at || h->body_at != expect.body_at) {
+    if (h->scales_at != expect.scales_at || h->offsets_at != expect.offsets_at || h->index_at != expect.index_at
+            || h->rests_at != expect.rests_at || h->body_at != expect.body_at) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
     // n_groups * raw_size: at most 2^27 * 2^28, no overflow
     if (h->body_size % 8 != 0 || h->body_size > MAX_BODY || h->body_size < (uint64_t) count_groups(h->n_rows) * raw_size(h)) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
-    if (h->device_size % GGML_ENTROPY_ALIGN != 0 || h->device_size < 1024 || h->device_size > MIN(MAX_SLAB, max_device_size(h))) {
+    if (is_ebf16 ? h->device_size != 0
+            : h->device_size % GGML_ENTROPY_ALIGN != 0 || h->device_size < 1024 || h->device_size > MIN(MAX_SLAB, max_device_size(h))) {
         return GGML_ENTROPY_BAD_LAYOUT;
     }
     if (h->slab_size % GGML_ENTROPY_ALIGN != 0 || h->slab_size > MAX_SLAB
@@ -150,11 +161,17 @@ enum ggml_entropy_status ggml_entropy_check_header(
         enum ggml_type type, const int64_t ne[4], const void * header, struct ggml_entropy_header * out) {
     memcpy(out, header, sizeof(*out));
     const enum ggml_entropy_status st = check_header(out);
+    if (st > GGML_ENTROPY_BAD_VERSION && out->kind != kind_of_type(type)) {
+        return GGML_ENTROPY_BAD_KIND; // says more than what does not fit the other kind
+    }
     return st != GGML_ENTROPY_OK ? st : check_against_gguf(out, type, ne);
 }
 
 enum ggml_type ggml_entropy_plain_type(const struct ggml_entropy_header * h) {
     const bool has_offset = h->offset_mode != GGML_ENTROPY_OFFSET_NONE;
+    if (h->kind == GGML_ENTROPY_KIND_EBF16) {
+        return GGML_TYPE_BF16;
+    }
     if (h->kind == GGML_ENTROPY_KIND_EQ8) {
         return has_offset ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
     }
@@ -195,9 +212,11 @@ enum ggml_entropy_status ggml_entropy_open(const void * slab, size_t n_bytes, st
     view->scales   = h->scales_at  ? (const uint16_t *) (base + h->scales_at)  : NULL;
     view->offsets  = h->offsets_at ? (const float    *) (base + h->offsets_at) : NULL;
     view->begin    = (const uint32_t *) (base + h->index_at);
+    view->rests    = h->rests_at   ? base + h->rests_at : NULL;
     view->body     = base + h->body_at;
     view->n_groups = count_groups(h->n_rows);
     view->n_units  = h->n_cols / UNIT_COLS;
+    view->decode   = ggml_entropy_decode_units;
     return GGML_ENTROPY_OK;
 }
 
@@ -344,9 +363,28 @@ void ggml_entropy_decode_units(const struct ggml_entropy_code * code, struct ggm
     decode_units(code, s, n_units, out);
 }
 
-// Rows of codes from units: row i of the group is row[i]. n_rows of the group exist.
+// Rows of codes from units: row i of the group is row[i]. n_rows of the group exist. n_units is a multiple of 8, as n_cols is one of 32.
 static void units_to_rows(const int8_t * units, int n_units, int n_rows, int8_t * rows, int64_t row_size) {
-    for (int i = 0; i < n_rows; i++) {
+    int i = 0;
+#ifdef HAVE_SSE2
+    // squares of 4 units by 4 rows, whose elements are the 4 columns of a unit
+    for (; i + 4 <= n_rows; i += 4) {
+        for (int u = 0; u < n_units; u += 4) {
+            const __m128i a  = _mm_loadu_si128((const __m128i *) (units + (u + 0) * UNIT + i * UNIT_COLS));
+            const __m128i b  = _mm_loadu_si128((const __m128i *) (units + (u + 1) * UNIT + i * UNIT_COLS));
+            const __m128i c  = _mm_loadu_si128((const __m128i *) (units + (u + 2) * UNIT + i * UNIT_COLS));
+            const __m128i d  = _mm_loadu_si128((const __m128i *) (units + (u + 3) * UNIT + i * UNIT_COLS));
+            const __m128i ab = _mm_unpacklo_epi32(a, b), AB = _mm_unpackhi_epi32(a, b);
+            const __m128i cd = _mm_unpacklo_epi32(c, d), CD = _mm_unpackhi_epi32(c, d);
+            int8_t * to = rows + i * row_size + u * UNIT_COLS;
+            _mm_storeu_si128((__m128i *) to,                  _mm_unpacklo_epi64(ab, cd));
+            _mm_storeu_si128((__m128i *) (to + 1 * row_size), _mm_unpackhi_epi64(ab, cd));
+            _mm_storeu_si128((__m128i *) (to + 2 * row_size), _mm_unpacklo_epi64(AB, CD));
+            _mm_storeu_si128((__m128i *) (to + 3 * row_size), _mm_unpackhi_epi64(AB, CD));
+        }
+    }
+#endif
+    for (; i < n_rows; i++) {
         for (int u = 0; u < n_units; u++) {
             memcpy(rows + i * row_size + u * UNIT_COLS, units + u * UNIT + i * UNIT_COLS, UNIT_COLS);
         }
@@ -367,9 +405,10 @@ enum ggml_entropy_status ggml_entropy_decode_groups(const struct ggml_entropy_vi
         ggml_entropy_stream_open(v, group, &s);
         int8_t * rows = q + (group - group0) * GROUP_ROWS * n_cols;
         for (int64_t unit = 0; unit < v->n_units; unit += GGML_ENTROPY_MAX_UNITS) {
-            int8_t units[GGML_ENTROPY_MAX_UNITS * UNIT];
+            int8_t memory[GGML_ENTROPY_MAX_UNITS * UNIT + UNIT];
+            int8_t * units = memory + (0 - (uintptr_t) memory) % UNIT; // at a multiple of 64
             const int n_units = (int) MIN(GGML_ENTROPY_MAX_UNITS, v->n_units - unit);
-            ggml_entropy_decode_units(&v->header.code, &s, n_units, units);
+            v->decode(&v->header.code, &s, n_units, units);
             units_to_rows(units, n_units, rows_of_group(v, group), rows + unit * UNIT_COLS, n_cols);
         }
     }
@@ -417,6 +456,23 @@ static void codes_to_q4_1(const int8_t * q, int n, uint16_t d, uint16_t m, block
     }
 }
 
+// The 16 bits of an EBF16 weight (5.8): sign, exponent q + 128, mantissa.
+static inline uint16_t bf16_bits(int8_t q, uint8_t rest) {
+    return (uint16_t) ((rest & 0x80) << 8 | (uint8_t) (q ^ 0x80) << 7 | (rest & 0x7f));
+}
+
+static void codes_to_bf16(const int8_t * q, const uint8_t * rests, int n, enum ggml_type type, void * dst) {
+    for (int i = 0; i < n; i++) {
+        const uint16_t bits = bf16_bits(q[i], rests[i]);
+        if (type == GGML_TYPE_BF16) {
+            ((uint16_t *) dst)[i] = bits;
+        } else {
+            const uint32_t wide = (uint32_t) bits << 16;
+            memcpy((float *) dst + i, &wide, sizeof(wide));
+        }
+    }
+}
+
 // All 256 weights an EQ8 code of a row can stand for, by the code plus 128.
 static void fill_f16_lut(float scale, float offset, uint16_t lut[256]) {
     for (int u = 0; u < 256; u++) {
@@ -450,6 +506,10 @@ enum ggml_entropy_status ggml_entropy_decode_groups_plain(
             const float    d      = GGML_FP16_TO_FP32(scale);
             const float    offset = ggml_entropy_row_offset(v, row);
             void * out = (char *) dst + (row - group0 * GROUP_ROWS) * row_size;
+            if (v->rests) {
+                codes_to_bf16(q, v->rests + row * n_cols, n_cols, type, out);
+                continue;
+            }
             switch (type) {
                 case GGML_TYPE_F32:
                     for (int j = 0; j < n_cols; j++) {
@@ -543,6 +603,7 @@ enum ggml_entropy_status ggml_entropy_verify_padding(const struct ggml_entropy_v
         h->scales_at  ? h->scales_at  + (uint64_t) h->n_rows * 2 : 0,
         h->offsets_at ? h->offsets_at + (uint64_t) h->n_rows * 4 : 0,
         h->index_at + (uint64_t) v->n_groups * sizeof(uint32_t),
+        h->rests_at   ? h->rests_at   + (uint64_t) h->n_rows * h->n_cols : 0,
     };
     for (size_t i = 0; i < sizeof(ends) / sizeof(ends[0]); i++) {
         if (!all_zero(base + ends[i], ends[i] == 0 ? 0 : align_up(ends[i], SECTION) - ends[i])) {

@@ -41,6 +41,7 @@ extern "C" {
 enum ggml_entropy_kind {
     GGML_ENTROPY_KIND_EQ8 = 1,
     GGML_ENTROPY_KIND_EQ4 = 2,
+    GGML_ENTROPY_KIND_EBF16 = 3, // bf16, bit by bit: a code is an exponent less 128, and the other 8 bits stand beside (docs/format.md 5.8)
 };
 
 enum ggml_entropy_scale_mode  { GGML_ENTROPY_SCALE_ONE   = 0, GGML_ENTROPY_SCALE_ROW  = 1 };
@@ -113,8 +114,14 @@ struct ggml_entropy_header {
     uint64_t body_at;
     uint64_t body_size;
     struct ggml_entropy_code code;
-    uint8_t  reserved1[144];
+    uint64_t rests_at;           // EBF16 only
+    uint8_t  reserved1[136];
 };
+
+struct ggml_entropy_stream;
+
+// A decoder of units: see ggml_entropy_decode_units. out is aligned to 64 bytes.
+typedef void (* ggml_entropy_decode_t)(const struct ggml_entropy_code * code, struct ggml_entropy_stream * stream, int n_units, int8_t * out);
 
 // A slab whose header was checked: a copy of the header, and pointers that are valid as long as the slab's memory is.
 struct ggml_entropy_view {
@@ -122,14 +129,19 @@ struct ggml_entropy_view {
     const uint16_t * scales;     // f16 bits, [n_rows] or NULL (one scale, in the header)
     const float    * offsets;    // [n_rows] or NULL (none, or one in the header)
     const uint32_t * begin;      // [n_groups]: where row groups start in the body, in units of 8 bytes (5.5)
+    const uint8_t  * rests;      // [n_rows][n_cols], sign and mantissa of each weight; NULL unless EBF16
     const uint8_t  * body;       // [body_size], and GGML_ENTROPY_SLACK bytes
     int64_t          n_groups;   // ceil(n_rows / 16)
     int64_t          n_units;    // of a row group: n_cols / 4
+    ggml_entropy_decode_t decode; // what the functions that give codes or rows use: the portable decoder, until a caller puts a faster one here
 };
 
 // ---- types -----------------------------------------------------------------------------------------------------------------------
 
 GGML_API bool ggml_entropy_is_type(enum ggml_type type);
+
+// Those that are integers with a scale: what kernels compute on, and what has a device layout. EBF16 is decoded at load.
+GGML_API bool ggml_entropy_is_quantized(enum ggml_type type);
 GGML_API const char * ggml_entropy_status_str(enum ggml_entropy_status status);
 
 // ---- reading ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +259,8 @@ struct ggml_entropy_spec {
     const float    * offsets;            // may be NULL
     int64_t          n_offsets;          // 0, 1 or n_rows
     int64_t          tile_cols;          // of the device layout
-    uint64_t         device_size;        // ggml_entropy_lanes_size of the tensor's longest slab
+    uint64_t         device_size;        // ggml_entropy_lanes_size of the tensor's longest slab; 0 for EBF16
+    const uint8_t  * rests;              // [n_rows][n_cols] for EBF16, whose one scale is 0; else NULL
 };
 
 // Bytes of a slab with these extents, slack included; 0 if it is not representable.

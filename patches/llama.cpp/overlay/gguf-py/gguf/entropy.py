@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Entropy-coded tensors (EQ8, EQ4) in a GGUF: their size, and their weights as floats.
+"""Entropy-coded tensors (EQ8, EQ4, EBF16) in a GGUF: their size, and their weights as floats.
 
 For every other type the size follows from type and shape. Here it stands in the header of the first
 slab, the first 256 bytes of the tensor's data: slab_size (u64 at byte 16) times the number of slabs
@@ -30,6 +30,7 @@ from .constants import GGMLQuantizationType, GGUFEndian
 GGML_ENTROPY_TYPES: dict[GGMLQuantizationType, int] = {
     GGMLQuantizationType.EQ8: 1,
     GGMLQuantizationType.EQ4: 2,
+    GGMLQuantizationType.EBF16: 3,
 }
 
 ENTROPY_ALIGN = 256  # of slabs, and the largest general.alignment
@@ -136,4 +137,6 @@ def _codec() -> ctypes.CDLL:
             if hasattr(lib, "ggml_entropy_decode_groups_plain"):
                 lib.ggml_entropy_status_str.restype = ctypes.c_char_p
                 return lib
-    raise RuntimeError("EQ8 and EQ4 are decoded by the patched llama-cpp-python, which is not installed: run `entrollm runtime build`")
+    raise RuntimeError(
+        "entropy-coded types are decoded by the patched llama-cpp-python, which is not installed: run `entrollm runtime build`"
+    )

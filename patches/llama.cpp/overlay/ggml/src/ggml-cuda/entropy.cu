@@ -343,7 +343,7 @@ static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor 
 
 bool ggml_cuda_entropy_mul_mat(
         ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst, ggml_cuda_mul_mat_t stock) {
-    if (!ggml_entropy_is_type(src0->type)) {
+    if (!ggml_entropy_is_quantized(src0->type)) {
         return false;
     }
     GGML_ASSERT(dst->src[0] == src0 && dst->src[1] == src1);
@@ -356,7 +356,7 @@ bool ggml_cuda_entropy_mul_mat(
 }
 
 bool ggml_cuda_entropy_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!ggml_entropy_is_type(dst->src[0]->type)) {
+    if (!ggml_entropy_is_quantized(dst->src[0]->type)) {
         return false;
     }
     if (is_small(dst)) {
@@ -383,7 +383,7 @@ bool ggml_cuda_entropy_mul_mat_pair(ggml_backend_cuda_context & ctx, ggml_tensor
     }
     const ggml_tensor * a = first->src[0];
     const ggml_tensor * b = second->src[0];
-    if (!ggml_entropy_is_type(a->type) || b->type != a->type || a->ne[0] != b->ne[0] || a->ne[2] != b->ne[2]
+    if (!ggml_entropy_is_quantized(a->type) || b->type != a->type || a->ne[0] != b->ne[0] || a->ne[2] != b->ne[2]
             || first->src[1] != second->src[1] || first->src[2] != second->src[2] || !is_small(first)) {
         return false;
     }
@@ -398,7 +398,7 @@ bool ggml_cuda_entropy_mul_mat_pair(ggml_backend_cuda_context & ctx, ggml_tensor
 bool ggml_cuda_entropy_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * w   = dst->src[0];
     const ggml_tensor * ids = dst->src[1];
-    if (!ggml_entropy_is_type(w->type)) {
+    if (!ggml_entropy_is_quantized(w->type)) {
         return false;
     }
     const entropy_get_rows_args args = {
@@ -435,7 +435,7 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
         return true;
     }
     const ggml_tensor * w = op->src[0];
-    if (w == nullptr || !ggml_entropy_is_type(w->type) || w->ne[3] != 1 || op->type != GGML_TYPE_F32) {
+    if (w == nullptr || !ggml_entropy_is_quantized(w->type) || w->ne[3] != 1 || op->type != GGML_TYPE_F32) {
         return false;
     }
     if (w->buffer != nullptr && ggml_backend_buffer_is_host(w->buffer)) {

@@ -46,7 +46,7 @@ static bool is_mine(const ggml_tensor * op) {
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:
         case GGML_OP_GET_ROWS:
-            return ggml_entropy_is_type(op->src[0]->type);
+            return ggml_entropy_is_quantized(op->src[0]->type);
         default:
             return false;
     }
@@ -76,7 +76,14 @@ static const char * active_kernel() {
     return ggml_entropy_kernel_active().name;
 }
 
+static ggml_entropy_decode_t active_decoder() {
+    return ggml_entropy_kernel_active().decode;
+}
+
 void * ggml_cpu_entropy_get_proc_address(const char * name) {
+    if (std::strcmp(name, "ggml_backend_entropy_decoder") == 0) {
+        return (void *) active_decoder;
+    }
     if (std::strcmp(name, "ggml_backend_entropy_supports_op") == 0) {
         return (void *) supports_op;
     }

@@ -20,6 +20,7 @@ bool ggml_cpu_entropy_work_size(int n_threads, const ggml_tensor * op, size_t * 
 
 // Functions of ggml_backend_reg_get_proc_address of the CPU backend; nullptr for other names. There are
 //   ggml_backend_entropy_supports_op    bool (ggml_backend_dev_t, const ggml_tensor *): ggml-backend-entropy.h
+//   ggml_backend_entropy_decoder        ggml_entropy_decode_t (): decoder of the kernel level in use, for load mode
 //   ggml_backend_entropy_kernel         const char * (): name of the kernel level in use
 //   ggml_backend_entropy_kernels        const char * (): names of those that can run here, best first, separated by spaces
 //   ggml_backend_entropy_refusal        const char * (): why the switch GGML_ENTROPY_KERNEL is refused: ggml-backend-entropy.h

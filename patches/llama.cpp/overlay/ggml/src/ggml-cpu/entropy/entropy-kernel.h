@@ -33,7 +33,7 @@ struct ggml_entropy_kernel {
     const char * name;
 
     // As ggml_entropy_decode_units. out is aligned to 64 bytes.
-    void (*decode)(const ggml_entropy_code * code, ggml_entropy_stream * stream, int n_units, int8_t * out);
+    ggml_entropy_decode_t decode;
 
     // Products of the units of a row group from column `first` of the matrix on (a multiple of 32; n_units is a multiple of 8) with n columns of
     // activations, those of the numbers index[0..n): adds to sums[i][row] the sum over blocks of 32 of d * (integer sum of the block).
