@@ -20,7 +20,10 @@ _NOT_QUANTIZED = (
     "ssm_conv1d",
     "shortconv.conv",
     "indexer.",
-    "time_mix_",
+    "time_mix_first",
+    "time_mix_lerp",
+    "time_mix_decay",
+    *(f"time_mix_{part}" for part in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
     "attn_rel_b",
     "patch_embd",
     "patch_merger",
@@ -56,7 +59,7 @@ def reason_to_keep(name: str, shape: tuple[int, ...]) -> str | None:
     for part, why in (_VIEWED | _VIEWED_AS_FLOATS).items():
         if part in name:
             return why
-    if any(part in name for part in _NOT_QUANTIZED):
+    if not name.endswith(".weight") or any(part in name for part in _NOT_QUANTIZED):
         return "not quantized by llama.cpp either"
     if shape[-1] % 32 != 0:
         return f"{shape[-1]} columns are no multiple of 32"

@@ -127,7 +127,7 @@ class GgufSource:
             # in 16 bits, as it comes from the converter: a stock type is found for it
             return entry.type_name in ("F16", "BF16") and len(entry.shape) > 1
         if entry.type_name == "F32":
-            return self._all_in_f32() and entry.name.endswith(".weight")
+            return self._all_in_f32()
         return entry.type_name not in _NOT_WEIGHTS
 
     def _all_in_f32(self) -> bool:

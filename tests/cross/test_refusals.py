@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -15,9 +14,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from running import TOKENS, logits, refusal_of_level
+from handmade import recode, write_bert
+from running import TOKENS, log_lines, logits, refusal_of_level
 
-from entrollm_gguf import codec, runtime
+from entrollm_gguf import runtime
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.codec import c as codec_c
 from entrollm_gguf.gguf_io.reader import open_model
@@ -25,25 +25,6 @@ from entrollm_gguf.inspect.decode import decode_file
 
 FIRST_GAP, EQ8, TYPE_COUNT = 43, 500, 503  # of enum ggml_type: behind upstream's last type; ours; the count
 HEADER_OFFSET = 40  # of a slab: the offset of all weights
-
-
-@contextlib.contextmanager
-def log_lines():
-    """What llama.cpp logs meanwhile, line by line."""
-    import llama_cpp
-    from llama_cpp._logger import llama_log_callback as default
-
-    lines: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level, text, _):
-        lines.append(text.decode(errors="replace").rstrip("\n"))
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(default, ctypes.c_void_p(0))
 
 
 def refusal(path: Path, monkeypatch, mode: str = "load", mmap: bool = True, progress=None) -> str | None:
@@ -63,41 +44,6 @@ def refusal(path: Path, monkeypatch, mode: str = "load", mmap: bool = True, prog
         llama_cpp.llama_model_free(model)
         return None
     return next(line.partition("error loading model: ")[2] for line in lines if "error loading model: " in line)
-
-
-def coded(array: np.ndarray, name: str) -> np.ndarray:
-    """Payload of a float matrix or vector as EQ8, coarsely."""
-    scale = np.float16(np.abs(array).max() / 100)
-    codes = np.rint(array.reshape(-1, array.shape[-1]) / np.float32(scale)).astype(np.int8)
-    return codec.encode(EntropyType.EQ8, codes, np.array([scale]), name=name).payload
-
-
-def rewrite(source: Path, out: Path, recoded: tuple[str, ...] = (), alignment: int | None = None) -> Path:
-    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment. In the latter
-    case the data begins 8 bytes behind a multiple of 32."""
-    reader = gguf.GGUFReader(source)
-    for n_padding in range(0, 256 if alignment else 1, 8):
-        writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
-        for field in reader.fields.values():
-            if not field.name.startswith(("GGUF.", "general.architecture", "general.alignment")):
-                kind = field.types[0]
-                writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
-        if alignment:
-            writer.add_custom_alignment(alignment)
-            writer.add_string("test.padding", " " * n_padding)
-        for tensor in reader.tensors:
-            if tensor.name in recoded:
-                payload = coded(tensor.data, tensor.name)
-                writer.add_tensor(tensor.name, payload, raw_shape=tensor.data.shape, raw_dtype=gguf.GGMLQuantizationType.EQ8)
-            else:
-                writer.add_tensor(tensor.name, tensor.data, raw_shape=tensor.raw_shape, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        if not alignment or gguf.GGUFReader(out).data_offset % 32 == 8:
-            return out
-    raise AssertionError("no padding gives that place")
 
 
 # ---- numbers of types ----------------------------------------------------------------------------
@@ -204,50 +150,20 @@ def test_weights_beyond_f16_are_not_decoded_to_it(converted, tmp_path, monkeypat
 @pytest.mark.parametrize("mode", ["load", "fused"])
 @pytest.mark.parametrize("name", ["blk.1.attn_norm.weight", "output_norm.weight"])
 def test_a_vector_that_is_coded_is_refused(converted, tmp_path, monkeypatch, name, mode):
-    path = rewrite(converted("mistral", "EQ8-rows"), tmp_path / "vector.gguf", recoded=(name,))
+    path = recode(converted("mistral", "EQ8-rows"), tmp_path / "vector.gguf", recoded=(name,))
     reason = refusal(path, monkeypatch, mode)
     assert reason == (
         f"tensor '{name}' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: convert the file again"
     )
 
 
-def write_bert(path: Path) -> Path:
-    """A BERT of one layer, all F32, without a vocabulary."""
-    width, rng = 64, np.random.default_rng(5)
-    writer = gguf.GGUFWriter(path, "bert")
-    writer.add_context_length(32)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(96)
-    writer.add_block_count(1)
-    writer.add_head_count(2)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.NONE)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(128)
-    writer.add_token_type_count(2)
-    matrices = {"token_embd": (128, width), "token_types": (2, width), "position_embd": (32, width)}
-    matrices |= {f"blk.0.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
-    matrices |= {"blk.0.ffn_up": (96, width), "blk.0.ffn_down": (width, 96)}
-    for name, shape in matrices.items():
-        writer.add_tensor(f"{name}.weight", (rng.standard_normal(shape) / shape[1] ** 0.5).astype(np.float32))
-    for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-        writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("mode", ["load", "fused"])
 def test_a_table_that_is_viewed_and_added_is_refused(tmp_path, monkeypatch, mode):
     plain = write_bert(tmp_path / "plain.gguf")
     assert refusal(plain, monkeypatch, mode) is None
-    fine = rewrite(plain, tmp_path / "fine.gguf", recoded=("position_embd.weight", "blk.0.ffn_up.weight"))
+    fine = recode(plain, tmp_path / "fine.gguf", recoded=("position_embd.weight", "blk.0.ffn_up.weight"))
     assert refusal(fine, monkeypatch, mode) is None
-    viewed = rewrite(plain, tmp_path / "viewed.gguf", recoded=("token_types.weight",))
+    viewed = recode(plain, tmp_path / "viewed.gguf", recoded=("token_types.weight",))
     assert "tensor 'token_types.weight' is entropy-coded" in refusal(viewed, monkeypatch, mode)
 
 
@@ -257,7 +173,7 @@ def test_a_table_that_is_viewed_and_added_is_refused(tmp_path, monkeypatch, mode
 @pytest.mark.parametrize("mode", ["load", "fused"])
 def test_an_alignment_that_cannot_be_mapped(converted, tmp_path, monkeypatch, mode):
     source = converted("mistral", "EQ8-mixed")
-    path = rewrite(source, tmp_path / "aligned.gguf", alignment=8)
+    path = recode(source, tmp_path / "aligned.gguf", alignment=8)
     assert refusal(path, monkeypatch, mode, mmap=True).startswith(
         "general.alignment is below 32, which mapping the file needs: use --load-mode none"
     )

@@ -9,6 +9,7 @@ import pytest
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.fold import Folding
 from entrollm_gguf.convert.tensor import Fate, Treatment, code_tensor, decide, keep, leave_tensor
 from entrollm_gguf.errors import ConversionError, FormatError
@@ -67,6 +68,20 @@ def test_the_smallest_type_that_holds_it(rng, name, change, type_name):
     back = gguf.dequantize(quantized.view({"F16": np.float16, "F32": np.float32}.get(type_name, np.uint8)), ggml_type)
     error = np.linalg.norm(back.reshape(weights.shape) - weights.astype(np.float32), axis=-1)
     assert (error <= {"Q8_0": 0.03, "F16": 2**-9}.get(type_name, 0) * np.linalg.norm(weights.astype(np.float32), axis=-1)).all()
+
+
+@pytest.mark.parametrize(
+    "name, is_coded",
+    [
+        ("blk.0.ffn_up.weight", True),
+        ("blk.0.ssm_a", False),
+        ("blk.0.ffn_up_exps.scale", False),
+        *((f"blk.0.time_mix_{part}.weight", True) for part in ("key", "value", "receptance", "gate", "output")),
+        *((f"blk.0.time_mix_{part}.weight", False) for part in ("w1", "v2", "a1", "g2", "decay_w1", "first", "lerp_fused")),
+    ],
+)
+def test_which_matrices_are_coded(name, is_coded):
+    assert (reason_to_keep(name, (64, 96)) is None) == is_coded
 
 
 def test_rows_that_nobody_uses(rng):
