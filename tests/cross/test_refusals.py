@@ -14,8 +14,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from handmade import recode, write_bert
-from running import TOKENS, log_lines, logits, refusal_of_level
+from handmade import recode, write_bert, write_gemma4_experts
+from running import TOKENS, Trial, log_lines, logits, outcomes, refusal_of_level
 
 from entrollm_gguf import runtime
 from entrollm_gguf.codec import EntropyType
@@ -165,6 +165,17 @@ def test_a_table_that_is_viewed_and_added_is_refused(tmp_path, monkeypatch, mode
     assert refusal(fine, monkeypatch, mode) is None
     viewed = recode(plain, tmp_path / "viewed.gguf", recoded=("token_types.weight",))
     assert "tensor 'token_types.weight' is entropy-coded" in refusal(viewed, monkeypatch, mode)
+
+
+def test_scales_that_are_coded_are_refused(tmp_path):
+    """They bear the name of the matrix beside them."""
+    plain = write_gemma4_experts(tmp_path / "plain.gguf")
+    names = ("blk.0.ffn_gate_inp.scale", "blk.1.ffn_down_exps.scale")
+    paths = [recode(plain, tmp_path / f"{name}.gguf", (name,)) for name in names]
+    assert outcomes([Trial(plain)])[0].refusal is None
+    for mode in ("load", "fused"):
+        for name, found in zip(names, outcomes([Trial(path, mode) for path in paths]), strict=True):
+            assert f"tensor '{name}' is entropy-coded" in (found.refusal or "")
 
 
 # ---- alignment -----------------------------------------------------------------------------------
