@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from handmade import recode, write_bert, write_gemma4_experts
+from handmade import recode, write_bert, write_gemma4_experts, write_rwkv6
 from running import TOKENS, Trial, log_lines, logits, outcomes, refusal_of_level
 
 from entrollm_gguf import runtime
@@ -22,6 +22,7 @@ from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.codec import c as codec_c
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
+from entrollm_gguf.inspect.verify import verify_file
 
 FIRST_GAP, EQ8, TYPE_COUNT = 43, 500, 503  # of enum ggml_type: behind upstream's last type; ours; the count
 HEADER_OFFSET = 40  # of a slab: the offset of all weights
@@ -176,6 +177,34 @@ def test_scales_that_are_coded_are_refused(tmp_path):
     for mode in ("load", "fused"):
         for name, found in zip(names, outcomes([Trial(path, mode) for path in paths]), strict=True):
             assert f"tensor '{name}' is entropy-coded" in (found.refusal or "")
+
+
+# ---- integers ------------------------------------------------------------------------------------
+
+
+def test_integers_in_place_of_weights(tmp_path):
+    """Of a norm, a bias, what is multiplied by elements, a matrix and a table of rows: refused before any op meets them."""
+    plain = write_rwkv6(tmp_path / "plain.gguf")
+    shapes = {t.name: t.data.shape for t in gguf.GGUFReader(plain).tensors}
+    names = (
+        "output_norm.weight",
+        "blk.0.attn_norm.bias",
+        "blk.1.time_mix_lerp_x.weight",
+        "blk.1.channel_mix_key.weight",
+        "token_embd.weight",
+    )
+    types = {np.int8: "i8", np.int16: "i16", np.int32: "i32", np.int64: "i64", np.float64: "f64"}
+    made = {
+        f"tensor '{name}' is of type {type_name}, which cannot be used there": recode(
+            plain, tmp_path / f"{name}-{type_name}.gguf", replaced={name: np.ones(shapes[name], dtype)}
+        )
+        for name in names
+        for dtype, type_name in types.items()
+    }
+    for reason, found in zip(made, outcomes([Trial(path) for path in made.values()]), strict=True):
+        assert reason in (found.refusal or "")
+    reason, path = next(iter(made.items()))
+    assert reason in verify_file(path).problems[0]
 
 
 # ---- alignment -----------------------------------------------------------------------------------
