@@ -173,6 +173,7 @@ def _hostile(library: str, cpu: str, type_id: int) -> list[int]:
         guest.ask(SUPPORTS_OP, F32, F32, type_id),
         guest.ask(ALLOC_SIZE, type_id),
         guest.ask(ALLOC_SIZE, F32, F32, type_id),
+        guest.ask(ALLOC_SIZE, F32, type_id, F32, view=True),
         0 if guest.compute(F32) else 1,  # the host goes on
     ]
 
