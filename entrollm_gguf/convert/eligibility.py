@@ -43,6 +43,8 @@ _VIEWED = {
 # The same, where blocks of quantized weights would not work either.
 _VIEWED_AS_FLOATS = {
     "ple_conv1d": "viewed as a convolution",
+    "indexer_compressor_ape": "added by elements",
+    "ple_norm_": "reshaped at load",
     "hc_": "reshaped at load",
 }
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from entrollm_gguf.convert.eligibility import reason_to_keep
+from entrollm_gguf.convert.eligibility import can_be_q8_0, reason_to_keep
 from entrollm_gguf.convert.llama_cpp import Integers, Outline, Output
 from entrollm_gguf.errors import ConversionError, ConversionWarning, FormatError
 from entrollm_gguf.gguf_io.loader import why_not_loaded
@@ -125,6 +125,8 @@ class GgufSource:
         other types is left alone."""
         if reason_to_keep(entry.name, entry.shape) is not None:
             # in 16 bits, as it comes from the converter: a stock type is found for it
+            if entry.type_name == "F32":
+                return self._all_in_f32() and can_be_q8_0(entry.name, entry.shape)
             return entry.type_name in ("F16", "BF16") and len(entry.shape) > 1
         if entry.type_name == "F32":
             return self._all_in_f32()

@@ -202,9 +202,12 @@ def test_really_full_disk(model, tmp_path, capsys):
         subprocess.run(["umount", small], check=True)
 
 
-@pytest.mark.parametrize("number, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
+@pytest.mark.parametrize(
+    "number, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM"), (signal.SIGHUP, "ended by SIGHUP")]
+)
 def test_signals(tiny_model, out, number, said):
-    """A real signal in the middle of a conversion."""
+    """A real signal in the middle of a conversion: nothing half-written stays, an older output does."""
+    out.write_bytes(b"mine")
     slow = (
         "import sys, time\n"
         "import entrollm_gguf.convert.tensor as p\n"
@@ -214,10 +217,10 @@ def test_signals(tiny_model, out, number, said):
         "from entrollm_gguf.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", slow, "convert", str(tiny_model("mistral").folder), str(out), "--recipe", "EQ8-rows"]
+    command = [sys.executable, "-c", slow, "convert", str(tiny_model("mistral").folder), str(out), "--recipe", "EQ8-rows", "--force"]
 
-    # a test run in the background of a shell inherits an ignored SIGINT
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # a test run in the background of a shell inherits an ignored SIGINT, one under nohup an ignored SIGHUP
+    listen = functools.partial(signal.signal, number, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, cwd=REPOSITORY, preexec_fn=listen)
     assert process.stdout is not None
@@ -227,7 +230,7 @@ def test_signals(tiny_model, out, number, said):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"entrollm: error: {said}" in errors and "Traceback" not in errors
-    assert nothing_left(out)
+    assert list(out.parent.iterdir()) == [out] and out.read_bytes() == b"mine"
 
 
 def test_which_signals_are_handled():
