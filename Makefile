@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 FUZZ_MINUTES ?= 5
 PART ?= 4/1
 
-.PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream test-soak fuzz
+.PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream test-soak test-archs fuzz
 .PHONY: bench-micro bench-e2e bench-memory bench-scale bench-starved bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
@@ -60,6 +60,9 @@ fuzz: runtime ## damaged files and random codes with fresh seeds for FUZZ_MINUTE
 
 test-soak: runtime ## conversions interrupted at random, and a server under eight unruly streams for SOAK_MINUTES (5) in each mode
 	$(BIN)/python -m pytest -q -s tests/soak/interrupts.py tests/soak/server.py
+
+test-archs: runtime ## every architecture that upstream's own test can make, hostile files and converted ones in both modes; a quarter of an hour
+	$(BIN)/python -m pytest -q -s tests/soak/architectures.py
 
 bench-micro: runtime ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
 	@mkdir -p build/bench
