@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entrollm_gguf.errors import FormatError, RuntimeMissingError, ToolError
-from entrollm_gguf.eval.generation import predicts_next_token
+from entrollm_gguf.eval.generation import has_vocabulary, predicts_next_token
 
 _OTHER_TEMPLATE = "put another one into the file (gguf-new-metadata --chat-template)"
 
@@ -67,6 +67,9 @@ class Chat:
         if not predicts_next_token(architecture, causal=metadata.get(f"{architecture}.attention.causal") != "false"):
             self.close()
             raise ToolError(f"{path}: {architecture} models do not generate text token by token; there is nothing to chat with")
+        if not has_vocabulary(metadata.get("tokenizer.ggml.model", "")):
+            self.close()
+            raise ToolError(f"{path}: has no vocabulary, so that it takes no text; convert the model together with its tokenizer")
         self._path = path
         self._context = self._llama.n_ctx()
         self._temperature = temperature

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Which models predict the next token of a text: only they can chat, and only they have a
-perplexity."""
+"""Which models predict the next token of a text, and which know texts at all: only they can chat,
+and only they have a perplexity."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def predicts_next_token(architecture: str, causal: bool) -> bool:
         causal: what it says of attention.causal; True where it says nothing.
     """
     return causal and architecture not in _OTHERS
+
+
+def has_vocabulary(tokenizer: str) -> bool:
+    """Whether a model takes texts; llama.cpp aborts where one without tokens is given any.
+
+    Args:
+        tokenizer: tokenizer.ggml.model of the file.
+    """
+    return tokenizer not in ("no_vocab", "none")

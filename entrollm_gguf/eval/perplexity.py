@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrollm_gguf.errors import ToolError
-from entrollm_gguf.eval.generation import predicts_next_token
+from entrollm_gguf.eval.generation import has_vocabulary, predicts_next_token
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.texts import read_text
@@ -190,6 +190,8 @@ def _check_model(path: Path) -> None:
     architecture = model.text("general.architecture") or ""
     if not predicts_next_token(architecture, causal=model.field(f"{architecture}.attention.causal") is not False):
         raise ToolError(f"{path}: {architecture} models do not predict the next token: perplexity means nothing for them")
+    if not has_vocabulary(model.text("tokenizer.ggml.model") or ""):
+        raise ToolError(f"{path}: has no vocabulary, so that it takes no text; convert the model together with its tokenizer")
 
 
 def _final(model: Path, output: str) -> tuple[float, float]:

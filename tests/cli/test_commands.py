@@ -316,6 +316,16 @@ def test_chat_with_no_chat_model(converted, tmp_path, capsys):
     assert "nothing to chat with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokenizer", ["no_vocab", "none"])
+def test_a_model_without_a_vocabulary(converted, text_file, tmp_path, tokenizer):
+    """llama.cpp aborts where it is given a text: in processes of their own, which end by themselves."""
+    keys = [key("tokenizer.ggml.model", 8, text(tokenizer))]
+    path = rewrite(converted("mistral", "EQ8-mixed"), tmp_path / "mute.gguf", keys=keys, without="tokenizer.ggml.model")
+    for command in (["chat", path, "--prompt", "hi", "--ctx", "128"], ["perplexity", path, "--text", text_file]):
+        result = subprocess.run([sys.executable, "-m", "entrollm_gguf.cli", *command], capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.rstrip().splitlines()[-1].startswith(f"entrollm: error: {path}: has no vocabulary")
+
+
 def test_chat_beyond_the_context(converted, monkeypatch, capsys):
     path = str(converted("mistral", "EQ8-mixed"))
     assert main(["chat", path, "--prompt", "word " * 2000, "--ctx", "128"]) == 1
