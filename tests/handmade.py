@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Tiny models written tensor by tensor, without a checkpoint: architectures whose graphs do odd things with weights, and files that no converter makes."""
+"""Tiny models written tensor by tensor, without a checkpoint: architectures whose graphs do odd
+things with weights, and files that no converter makes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def coded(array: np.ndarray, name: str) -> np.ndarray:
 def recode(
     source: Path, out: Path, recoded: tuple[str, ...] = (), alignment: int | None = None, replaced: dict[str, np.ndarray] | None = None
 ) -> Path:
-    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment: with one, the data begins 8 bytes behind a multiple of 32.
+    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment: with one, the
+    data begins 8 bytes behind a multiple of 32.
 
     Args:
         replaced: other data, of any type that GGUF has for numpy's.
@@ -61,7 +63,8 @@ def write_model(path: Path, architecture: str, keys: Callable[[gguf.GGUFWriter],
 
     Args:
         keys: adds what the architecture needs.
-        shapes: of all tensors by name, in numpy's order; vectors lie around 1 if they are norms, else around 0.
+        shapes: of all tensors by name, in numpy's order; vectors lie around 1 if they are norms,
+            else around 0.
     """
     rng = np.random.default_rng(5)
     writer = gguf.GGUFWriter(path, architecture)
@@ -118,7 +121,8 @@ def write_bert(path: Path) -> Path:
 
 
 def write_rwkv6(path: Path) -> Path:
-    """Two layers; time_mix_w2 is viewed as five matrices, time_mix_first is no matrix of a product, lerps are multiplied by elements."""
+    """Two layers; time_mix_w2 is viewed as five matrices, time_mix_first is no matrix of a product,
+    lerps are multiplied by elements."""
     width, rank, n_ff = 64, 32, 96
 
     def keys(writer: gguf.GGUFWriter) -> None:
@@ -200,7 +204,8 @@ def _write_gemma(path: Path, architecture: str, extra: Callable[[gguf.GGUFWriter
 
 
 def write_gemma3n(path: Path) -> Path:
-    """Two layers; it views the first row of its per-layer embeddings where it is given no tokens, as with images."""
+    """Two layers; it views the first row of its per-layer embeddings where it is given no tokens,
+    as with images."""
     width, n_altup, rank = 64, 4, 64
 
     def keys(writer: gguf.GGUFWriter) -> None:
@@ -231,7 +236,8 @@ def write_gemma4(path: Path) -> Path:
 
 
 def write_gemma4_experts(path: Path) -> Path:
-    """The same with experts, whose router and matrices have scales beside them: tensors of other shapes under the names of matrices."""
+    """The same with experts, whose router and matrices have scales beside them: tensors of other
+    shapes under the names of matrices."""
     width, n_experts, n_ff = 64, 32, 32
 
     def keys(writer: gguf.GGUFWriter) -> None:

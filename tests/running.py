@@ -101,7 +101,8 @@ def outcomes(trials: Sequence[Trial]) -> list[Outcome]:
 
 
 def in_a_process(function: Callable, calls: Sequence[tuple]) -> list:
-    """Call a function of a module several times in one new process, which may crash or hang; returns what it returned.
+    """Call a function of a module several times in one new process, which may crash or hang;
+    returns what it returned.
 
     Raises:
         AssertionError: it did; tells in which call.

@@ -318,7 +318,8 @@ def test_chat_with_no_chat_model(converted, tmp_path, capsys):
 
 @pytest.mark.parametrize("tokenizer", ["no_vocab", "none"])
 def test_a_model_without_a_vocabulary(converted, text_file, tmp_path, tokenizer):
-    """llama.cpp aborts where it is given a text: in processes of their own, which end by themselves."""
+    """llama.cpp aborts where it is given a text: in processes of their own, which end by
+    themselves."""
     keys = [key("tokenizer.ggml.model", 8, text(tokenizer))]
     path = rewrite(converted("mistral", "EQ8-mixed"), tmp_path / "mute.gguf", keys=keys, without="tokenizer.ggml.model")
     for command in (["chat", path, "--prompt", "hi", "--ctx", "128"], ["perplexity", path, "--text", text_file]):

@@ -206,7 +206,8 @@ def test_really_full_disk(model, tmp_path, capsys):
     "number, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM"), (signal.SIGHUP, "ended by SIGHUP")]
 )
 def test_signals(tiny_model, out, number, said):
-    """A real signal in the middle of a conversion: nothing half-written stays, an older output does."""
+    """A real signal in the middle of a conversion: nothing half-written stays, an older output
+    does."""
     out.write_bytes(b"mine")
     slow = (
         "import sys, time\n"
@@ -219,7 +220,8 @@ def test_signals(tiny_model, out, number, said):
     )
     command = [sys.executable, "-c", slow, "convert", str(tiny_model("mistral").folder), str(out), "--recipe", "EQ8-rows", "--force"]
 
-    # a test run in the background of a shell inherits an ignored SIGINT, one under nohup an ignored SIGHUP
+    # a test run in the background of a shell inherits an ignored SIGINT, one under nohup an ignored
+    # SIGHUP
     listen = functools.partial(signal.signal, number, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, cwd=REPOSITORY, preexec_fn=listen)

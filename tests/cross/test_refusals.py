@@ -183,7 +183,8 @@ def test_scales_that_are_coded_are_refused(tmp_path):
 
 
 def test_integers_in_place_of_weights(tmp_path):
-    """Of a norm, a bias, what is multiplied by elements, a matrix and a table of rows: refused before any op meets them."""
+    """Of a norm, a bias, what is multiplied by elements, a matrix and a table of rows: refused
+    before any op meets them."""
     plain = write_rwkv6(tmp_path / "plain.gguf")
     shapes = {t.name: t.data.shape for t in gguf.GGUFReader(plain).tensors}
     names = (

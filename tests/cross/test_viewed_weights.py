@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Weights that a graph of llama.cpp views, reshapes or multiplies by elements: coded in a hostile file, they are decoded at load or refused by name, never worse."""
+"""Weights that a graph of llama.cpp views, reshapes or multiplies by elements: coded in a hostile
+file, they are decoded at load or refused by name, never worse."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.verify import verify_file
 
 NO_MATRIX = "tensor '{}' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: convert the file again"  # fmt: skip
-# An architecture, parts of the names of its weights that are no matrices of products, and weights that a graph views, which stay what they are in
+# An architecture, parts of the names of its weights that are no matrices of products, and weights
+# that a graph views, which stay what they are in
 # load mode alone. Whatever else has a width that can be coded computes.
 CASES = [
     (write_rwkv6, ("norm", "bias", "time_mix_ln", "lerp", "time_mix_first", "time_mix_decay.weight"), "blk.0.time_mix_w2.weight"),

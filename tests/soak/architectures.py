@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Every architecture that upstream's test-llama-archs can make, tiny and of random weights: 128 models (`make test-archs`, a quarter of an hour).
+"""Every architecture that upstream's test-llama-archs can make, tiny and of random weights: 128
+models (`make test-archs`, a quarter of an hour).
 
-Of each, two files: one in which every tensor is coded that can be, as a hostile one may, less what the loader refuses by name; and one that the
-converter makes. Load mode gives exactly the logits of the decoded file, fused mode nearly, and no process crashes.
+Of each, two files: one in which every tensor is coded that can be, as a hostile one may, less what
+the loader refuses by name; and one that the converter makes. Load mode gives exactly the logits of
+the decoded file, fused mode nearly, and no process crashes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""ggml-virtgpu's host side, which makes tensors of what a guest sends: built from the patched tree and called as a virtual machine calls it.
+"""ggml-virtgpu's host side, which makes tensors of what a guest sends: built from the patched tree
+and called as a virtual machine calls it.
 
 The CPU computes; the messages are a guest's bytes. Whatever type a guest names, the host answers.
 """
@@ -120,7 +121,8 @@ class Guest:
         return code
 
     def ask(self, command: int, *types: int, view: bool = False) -> int:
-        """Tensors as they stand in the guest's memory: one alone, a product and its two sources, or a view, what it views and its source."""
+        """Tensors as they stand in the guest's memory: one alone, a product and its two sources, or
+        a view, what it views and its source."""
         lib = codec_c.library()
         for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_view_1d"):
             getattr(lib, name).restype = ctypes.c_void_p
