@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 FUZZ_MINUTES ?= 5
 PART ?= 4/1
 
-.PHONY: help venv runtime demo demo-full test test-asan test-tsan test-neon test-upstream test-soak test-archs fuzz
+.PHONY: help venv runtime wheels demo demo-full test test-asan test-tsan test-neon test-upstream test-soak test-archs test-wheels fuzz
 .PHONY: bench-micro bench-e2e bench-memory bench-scale bench-starved bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 runtime: $(STAMP) ## build (or take from the cache) and install the patched llama.cpp
 	$(BIN)/entrollm runtime build
+
+wheels: $(STAMP) ## wheels for other x86-64 Linux machines and an index of them, in build/wheels; half an hour on two cores (docs/wheels.md)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,wheels]'
+	$(BIN)/entrollm runtime wheel --out build/wheels
 
 demo: runtime ## a real model compared with stock types, a question, an HTML report; files in build/demo
 	$(BIN)/entrollm demo --out build/demo
@@ -54,6 +58,9 @@ test-upstream: runtime ## all of upstream's test-backend-ops on the CPU; a quart
 	@mkdir -p build
 	@$$($(BIN)/python -c 'from entrollm_gguf import runtime; print(runtime.tool("test-backend-ops"))') test -b CPU > build/test-upstream.log; \
 	    code=$$?; grep -a "FAIL" build/test-upstream.log; tail -n 3 build/test-upstream.log; exit $$code
+
+test-wheels: runtime wheels ## those wheels in an environment of their own, without compiler: every tool, every CPU variant that runs here
+	ENTROLLM_WHEELS=build/wheels $(BIN)/python -m pytest -n 0 tests/cross/test_wheels.py
 
 fuzz: runtime ## damaged files and random codes with fresh seeds for FUZZ_MINUTES (5), under AddressSanitizer and UBSan
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_MINUTES)

@@ -73,6 +73,7 @@ def _load_model(path: str) -> bool:
             print(line.partition(": ")[2].removeprefix("error loading model: ") or line, flush=True)
 
     llama_cpp.llama_log_set(log, None)
+    llama_cpp.llama_backend_init()  # in a portable runtime, backends are libraries that nobody has loaded yet
     parameters = llama_cpp.llama_model_default_params()
     parameters.no_alloc, parameters.load_mode, parameters.n_gpu_layers = True, llama_cpp.LLAMA_LOAD_MODE_NONE, 0
     return bool(llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters))

@@ -57,6 +57,15 @@ _CMAKE_OPTIONS = {
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_CURL": "OFF",
 }
+_PORTABLE = {
+    "GGML_NATIVE": "OFF",
+    "GGML_BACKEND_DL": "ON",  # every backend is a library of its own, loaded where it can run
+    "GGML_CPU_ALL_VARIANTS": "ON",  # the CPU's as often as upstream knows processors, the best one chosen at run time
+    # its runtime is on no list of manylinux, and a second one would come into processes that import PyTorch
+    "GGML_OPENMP": "OFF",
+}
+# where CUDA's libraries lie if pip installed them, seen from llama_cpp/lib: CUDA 13's packages, CUDA 12's
+_CUDA_FOLDERS = ("nvidia/cu13/lib", "nvidia/cublas/lib", "nvidia/cuda_runtime/lib")
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,18 @@ class BuildOptions:
     cuda: bool = False
     cuda_arch: str = "native"  # as CMAKE_CUDA_ARCHITECTURES takes it, e.g. "90" or "75;89"
     sanitize: str = ""  # "address" (AddressSanitizer and UBSan) or "thread" (ThreadSanitizer); never installed
+    portable: bool = False  # for other machines of this kind, whatever their processor; packed, not installed
+    cmake: tuple[tuple[str, str], ...] = ()  # more cache variables, and others in place of ours
 
     def cmake_options(self) -> dict[str, str]:
         """Cache variables for cmake."""
         options = dict(_CMAKE_OPTIONS)
         if self.cuda:
             options |= {"GGML_CUDA": "ON", "GGML_CUDA_NCCL": "OFF", "CMAKE_CUDA_ARCHITECTURES": self.cuda_arch}
+        if self.portable:
+            options |= _PORTABLE
+            if self.cuda:
+                options["CMAKE_INSTALL_RPATH"] += "".join(f";$ORIGIN/../../{folder}" for folder in _CUDA_FOLDERS)
         if self.sanitize:
             options |= {
                 "CMAKE_BUILD_TYPE": "RelWithDebInfo",
@@ -87,13 +102,18 @@ class BuildOptions:
             checks = {"address": ("ADDRESS", "UNDEFINED"), "thread": ("THREAD",)}[self.sanitize]
             # each half of the tree has options of its own
             options |= {f"{half}_SANITIZE_{check}": "ON" for check in checks for half in ("GGML", "LLAMA")}
-        return options
+        return options | dict(self.cmake)
 
     def targets(self) -> list[str]:
         """cmake targets, without the tests of the overlay."""
         if self.sanitize:
             return ["llama"] if self.sanitize == "address" else ["ggml"]
-        return ["llama", "mtmd", *wheels.TOOLS.values(), *wheels.TESTS]
+        return ["llama", "mtmd", *self.programs()]
+
+    def programs(self) -> list[str]:
+        """Tools and upstream's tests that go into the wheel."""
+        programs = [*wheels.TOOLS.values(), *wheels.TESTS]
+        return [name for name in programs if not (self.portable and name in wheels.LINKED_TO_CPU)]
 
 
 def build(
@@ -106,8 +126,8 @@ def build(
         force: build even if the cache has it.
         say: told what is going on, a line at a time.
     Returns:
-        what is installed now; for sanitizer builds, which are not installed, the folder with
-            programs and libraries.
+        what is installed now; for builds that are not installed, a folder: of a sanitizer's
+            programs and libraries, or of portable wheels.
     Raises:
         BuildError: a missing tool, a patch that does not apply, a compiler error.
         FetchError: the source cannot be downloaded.
@@ -125,6 +145,8 @@ def build(
             _build_into(finished, digest, pin, patches, options, toolchain, cache_folder() / "work" / key, jobs, say)
     if options.sanitize:
         return finished / "bin"
+    if options.portable:
+        return finished
     if not installer.is_installed(digest[:12]) or force:
         say("installing llama-cpp-python and gguf")
         installer.install(sorted(finished.glob("*.whl")))
@@ -172,7 +194,7 @@ class Toolchain:
     compiler: str  # version line of the C++ compiler
     others: tuple[str, ...] = ()  # version lines of the C compiler and, for CUDA, nvcc
     environment: tuple[tuple[str, str], ...] = ()  # variables that cmake reads
-    processor: str = ""  # system, machine and instruction sets: the build is native
+    processor: str = ""  # system, machine and, unless the build is portable, instruction sets
 
     def text(self) -> str:
         """All of it, for hashing."""
@@ -199,7 +221,7 @@ def require_tools(options: BuildOptions) -> Toolchain:
             raise BuildError("nvcc is missing; install the CUDA toolkit and put its bin folder on PATH, or build without --cuda")
         others.append(_version(nvcc))
     environment = tuple((name, os.environ[name]) for name in _ENVIRONMENT if os.environ.get(name))
-    processor = f"{platform.system()} {platform.machine()} {_cpu_flags()}"
+    processor = f"{platform.system()} {platform.machine()}" + ("" if options.portable else f" {_cpu_flags()}")
     return Toolchain(_version(found["CXX"]), tuple(others), environment, processor)
 
 
@@ -279,18 +301,20 @@ def _build_into(
         if options.sanitize:
             shutil.copytree(output, packed / "bin", dirs_exist_ok=True)
         else:
-            programs = sorted({*wheels.TOOLS.values(), *wheels.TESTS, *(p.name for p in _overlay_tests(output))})
+            programs = sorted({*options.programs(), *(p.name for p in _overlay_tests(output))})
             manifest = {
                 "hash": digest,
                 "version": pin.version,
                 "llama_cpp_commit": pin.llama_cpp_commit,
                 "cuda": options.cuda,
                 "cuda_arch": options.cuda_arch if options.cuda else "",
+                "portable": options.portable,
                 "compiler": toolchain.compiler,
                 "build_seconds": round(time.monotonic() - started, 1),
                 "programs": programs,
             }
-            wheels.pack_llama_cpp(work / "tree", output, pin, manifest, Path(scratch), packed)
+            cuda = wheels.cuda_requirements(toolchain.others[-1]) if options.portable and options.cuda else ()
+            wheels.pack_llama_cpp(work / "tree", output, pin, manifest, cuda, Path(scratch), packed)
             wheels.pack_gguf(work / "tree", digest[:12], Path(scratch), packed)
         (packed / "complete").touch()
         packed.replace(finished)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""`entrollm runtime build | info | check | tree | export`."""
+"""`entrollm runtime build | wheel | info | check | tree | export`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import click
@@ -52,24 +53,64 @@ def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | No
         )
 
 
+@runtime.command(
+    short_help="Make wheels for other machines.",
+    epilog="\b\nExamples:\n  entrollm runtime wheel\n  entrollm runtime wheel --cuda 90 --out build/wheels-cuda\n",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/wheels"), show_default=True, help="Folder of the index."
+)
+@click.option("--cuda", metavar="ARCHITECTURES", help="With CUDA for these, as 90 or 75;89. Needs nvcc, cublas and the driver's library.")
+@click.option("--jobs", type=click.IntRange(min=1), default=lambda: os.cpu_count(), help="Parallel compilations; all cores by default.")
+@click.option("--force", is_flag=True, help="Build again even if the cache has it.")
+@click.option("--cmake", multiple=True, metavar="NAME=VALUE", help="One more variable for cmake, as GGML_CUDA_FA=OFF; repeatable.")
+def wheel(out: Path, cuda: str | None, jobs: int, force: bool, cmake: tuple[str, ...]) -> None:
+    """Make wheels of llama_cpp, gguf and this package that run on other machines, and a package index of them.
+
+    ggml's CPU code is built for every kind of x86-64 processor that it knows, and the best is chosen at run time. What the machines need, how to
+    install, and what the platform tag means: docs/wheels.md. The build takes three times as long as `entrollm runtime build` and is cached.
+    """
+    from entrollm_gguf.runtime.portable import make_wheels
+
+    definitions = []
+    for one in cmake:
+        name, equals, value = one.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{one!r} is not NAME=VALUE", param_hint="--cmake")
+        definitions.append((name, value))
+    if cuda is not None and not re.fullmatch(r"\d+[af]?(-real|-virtual)?(;\d+[af]?(-real|-virtual)?)*", cuda):
+        raise click.BadParameter(f"{cuda!r} is no list of architectures, as 90 or 75;89", param_hint="--cuda")
+    options = BuildOptions(cuda=cuda is not None, cuda_arch=cuda or "native", portable=True, cmake=tuple(definitions))
+    for made in make_wheels(out, options, jobs=jobs, force=force, say=lambda line: click.echo(line, err=True)):
+        click.echo(f"{made} ({made.stat().st_size / 1e6:.1f} MB)")
+    click.echo(f"index: {out / 'index.html'}; versions: {out / 'requirements.txt'}")
+
+
 @runtime.command(short_help="Tell what is installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool) -> None:
     """Tell what is installed, and whether it matches the patches of this checkout."""
     installed = api.info()
+    options = BuildOptions(
+        cuda=installed.cuda, **({"cuda_arch": installed.cuda_arch} if installed.cuda else {}), portable=installed.portable
+    )
     try:
-        options = BuildOptions(cuda=installed.cuda, **({"cuda_arch": installed.cuda_arch} if installed.cuda else {}))
         matches = runtime_hash(read_pin(), patches_folder(), options, require_tools(options)) == installed.hash
     except BuildError:
         matches = None  # the hash covers the compiler, and a machine that only runs models needs none
+    if installed.portable and not matches:
+        matches = None  # another compiler made it, most likely
     if as_json:
         data = {**dataclasses.asdict(installed), "folder": str(installed.folder), "matches_checkout": matches}
         click.echo(json.dumps(data, indent=2))
         return
-    relation = {True: "matches", False: "differs from", None: "without a compiler here, cannot be compared with"}[matches]
+    unknown = "built elsewhere" if installed.portable else "without a compiler here"
+    relation = {True: "matches", False: "differs from", None: f"{unknown}, cannot be compared with"}[matches]
     click.echo(f"llama-cpp-python {installed.version}, llama.cpp {installed.llama_cpp_commit}")
     click.echo(f"hash      {installed.hash[:12]} ({relation} this checkout)")
     click.echo(f"CUDA      {f'yes, for {installed.cuda_arch}' if installed.cuda else 'no'}")
+    variants = sorted(path.name for path in (installed.folder / "lib").glob("libggml-cpu-*"))
+    click.echo(f"CPU       {f'any, {len(variants)} variants' if variants else 'this one'}")
     click.echo(f"compiler  {installed.compiler}; built in {installed.build_seconds:.0f} s")
     click.echo(f"package   {installed.folder}")
     click.echo(f"programs  {', '.join(installed.programs)}")

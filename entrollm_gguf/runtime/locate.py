@@ -28,6 +28,7 @@ class RuntimeInfo:
     build_seconds: float
     folder: Path  # the llama_cpp package
     programs: tuple[str, ...]  # in folder/bin
+    portable: bool = False  # made for other machines, too, by `entrollm runtime wheel`
 
 
 def info() -> RuntimeInfo:
@@ -49,7 +50,7 @@ def read_manifest(folder: Path) -> RuntimeInfo:
         data = json.loads((folder / MANIFEST).read_text())
         return RuntimeInfo(
             data["hash"], data["version"], data["llama_cpp_commit"], data["cuda"], data["cuda_arch"], data["compiler"],
-            data["build_seconds"], folder, tuple(data["programs"]),
+            data["build_seconds"], folder, tuple(data["programs"]), data.get("portable", False),
         )  # fmt: skip
     except FileNotFoundError as error:
         raise RuntimeMissingError(f"the installed llama-cpp-python is the stock one; {_REMEDY} to replace it") from error

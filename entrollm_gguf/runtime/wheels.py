@@ -36,6 +36,8 @@ TOOLS = {
     "rpc-server": "ggml-rpc-server",
 }
 TESTS = ("test-backend-ops", "test-gguf", "test-quantize-fns")
+# These call functions of the CPU's library directly, so upstream builds them only where there is one such library.
+LINKED_TO_CPU = ("llama-export-lora", "test-quantize-fns")
 
 MANIFEST = "entrollm_runtime.json"
 
@@ -56,12 +58,29 @@ def run() -> None:
 '''
 
 
-def pack_llama_cpp(tree: Path, build_bin: Path, pin: Pin, manifest: dict, scratch: Path, out: Path) -> Path:
+def cuda_requirements(nvcc: str) -> tuple[str, ...]:
+    """Packages with CUDA's libraries, for a wheel that goes to other machines.
+
+    Args:
+        nvcc: the line of `nvcc --version` with its release; libraries of the same major version fit.
+    """
+    found = re.search(r"release (\d+)\.", nvcc)
+    major = int(found[1]) if found else 0
+    if major < 12:
+        return ()  # no packages that we know of
+    suffix = "-cu12" if major == 12 else ""
+    return tuple(f"{name}{suffix}>={major},<{major + 1}" for name in ("nvidia-cublas", "nvidia-cuda-runtime"))
+
+
+def pack_llama_cpp(
+    tree: Path, build_bin: Path, pin: Pin, manifest: dict, more_requirements: tuple[str, ...], scratch: Path, out: Path
+) -> Path:
     """The llama_cpp_python wheel.
 
     Args:
         build_bin: cmake's output folder with programs and libraries side by side.
         manifest: written into the package, for `entrollm runtime info`.
+        more_requirements: packages that pip has to install besides.
     """
     root = scratch / "llama_cpp_python"
     package = root / "llama_cpp"
@@ -74,13 +93,14 @@ def pack_llama_cpp(tree: Path, build_bin: Path, pin: Pin, manifest: dict, scratc
     converter.mkdir()
     shutil.copytree(tree / LLAMA_CPP / "conversion", converter / "conversion", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(tree / LLAMA_CPP / "convert_hf_to_gguf.py", converter)
-    shutil.copy2(tree / LLAMA_CPP / "LICENSE", package / "LICENSE.llama.cpp")
-    (package / "entrollm_tools.py").write_text(_LAUNCHER.format(programs=json.dumps(TOOLS)))
+    _add_licenses(tree, package / "licenses")
+    commands = {name: program for name, program in TOOLS.items() if program in manifest["programs"]}
+    (package / "entrollm_tools.py").write_text(_LAUNCHER.format(programs=json.dumps(commands)))
     (package / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     version = f"{pin.version}+entrollm.{manifest['hash'][:12]}"
-    requires = ("typing-extensions>=4.5.0", "numpy>=1.20.0", "diskcache>=5.6.1", "jinja2>=2.11.3")
-    scripts = {name: "llama_cpp.entrollm_tools:run" for name in TOOLS}
+    requires = ("typing-extensions>=4.5.0", "numpy>=1.20.0", "diskcache>=5.6.1", "jinja2>=2.11.3", *more_requirements)
+    scripts = {name: "llama_cpp.entrollm_tools:run" for name in commands}
     tag = "py3-none-" + re.sub(r"[-.]", "_", sysconfig.get_platform())
     return _pack(root, "llama_cpp_python", version, tag, requires, scripts, out)
 
@@ -90,11 +110,25 @@ def pack_gguf(tree: Path, short_hash: str, scratch: Path, out: Path) -> Path:
     source = tree / LLAMA_CPP / "gguf-py"
     root = scratch / "gguf"
     shutil.copytree(source / "gguf", root / "gguf", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(source / "LICENSE", root / "gguf" / "LICENSE")
     project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
     # the editor needs Qt, which nothing else here needs
     scripts = {name: target for name, target in project["scripts"].items() if "gui" not in name}
     requires = tuple(re.sub(r"\s*\(([^)]*)\)", r"\1", line) for line in project["dependencies"])
     return _pack(root, "gguf", f"{project['version']}+entrollm.{short_hash}", "py3-none-any", requires, scripts, out)
+
+
+def _add_licenses(tree: Path, folder: Path) -> None:
+    """Licences of all that the libraries are made of, under the paths of the sources."""
+    llama_cpp = tree / LLAMA_CPP
+    for path in (tree / "LICENSE.md", llama_cpp / "LICENSE", *llama_cpp.glob("licenses/*"), *llama_cpp.glob("vendor/**/LICENSE*")):
+        target = folder / path.relative_to(tree)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    ours = Path(__file__).resolve().parents[2] / "LICENSE"
+    if ours.is_file():  # in a checkout; an installed package has it beside its metadata
+        (folder / "entrollm-gguf").mkdir()
+        shutil.copy2(ours, folder / "entrollm-gguf" / "LICENSE")
 
 
 def _libraries(build_bin: Path) -> list[str]:

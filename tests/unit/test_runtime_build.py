@@ -59,6 +59,8 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     seen.add(digest(patches, BuildOptions(cuda=True)))
     seen.add(digest(patches, BuildOptions(cuda=True, cuda_arch="90")))
     seen.add(digest(patches, BuildOptions(sanitize="address")))
+    seen.add(digest(patches, BuildOptions(portable=True)))
+    seen.add(digest(patches, BuildOptions(portable=True, cmake=(("GGML_LLAMAFILE", "OFF"),))))
     others = [replace(GCC, compiler="g++ 13"), replace(GCC, others=("gcc 13",)), replace(GCC, processor="Linux x86_64 avx512f")]
     others.append(replace(GCC, environment=(("CXXFLAGS", "-O1"),)))
     seen.update(digest(patches, toolchain=other) for other in others)
@@ -71,7 +73,7 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     seen.add(digest(patches))
     (patches / "series" / "0020-more.patch").write_text("")
     seen.add(digest(patches))
-    assert len(seen) == 12
+    assert len(seen) == 14
 
 
 def test_assemble(patches, source, tmp_path):

@@ -126,6 +126,7 @@ static void print_speeds(const case_file & cases, ggml_backend_t backend) {
 }
 
 int main(int argc, char ** argv) {
+    ggml_backend_load_all(); // where backends are libraries of their own
     ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     ggml_backend_reg_t reg    = ggml_backend_dev_backend_reg(device);
     if (argc == 2 && strcmp(argv[1], "--levels") == 0) {
