@@ -200,7 +200,7 @@ def test_installed_without_a_compiler(bare):
     assert f"any, {len(VARIANTS)} variants" in bare.run("entrollm", "runtime", "info").stdout
     assert {path.name for path in bare.package.glob("lib/libggml-cpu*")} == {f"libggml-cpu-{name}.so" for name in VARIANTS}
     assert not list(bare.package.parent.glob("llama_cpp_python.libs"))
-    assert "cannot be built" not in bare.run("python", "-m", "pip", "check").stdout
+    bare.run("python", "-m", "pip", "check")
 
 
 @needs_wheels
