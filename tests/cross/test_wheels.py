@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -206,10 +207,7 @@ def test_installed_without_a_compiler(bare):
 @needs_wheels
 @pytest.mark.parametrize("command", [name for name, program in TOOLS.items() if program not in LINKED_TO_CPU])
 def test_every_tool_starts(bare, command):
-    arguments = (
-        ["--version"] if command in ("llama-cli", "llama-server", "llama-completion", "llama-perplexity", "llama-imatrix") else ["--help"]
-    )
-    result = bare.run(command, *arguments, check=False)
+    result = bare.run(command, "--help", check=False)
     assert "error while loading" not in result.stderr and "not found" not in result.stderr
     assert re.search(r"usage|version", result.stdout + result.stderr, re.IGNORECASE), result.stdout + result.stderr
 
@@ -272,21 +270,9 @@ def test_ops_of_every_variant(bare, tmp_path, variant):
     program = without(bare, variant, tmp_path / variant) / "bin" / "test-entropy-ops"
     levels = subprocess.run([program, "--levels"], capture_output=True, text=True, check=True)
     assert f"libggml-cpu-{variant}.so" in levels.stderr
-    here = {"generic", "ref"} | set(
-        subprocess.run([runtime.tool("test-entropy-ops"), "--levels"], capture_output=True, text=True).stdout.split()
-    )
-    assert set(levels.stdout.split()) == here  # the decoders ask the processor themselves, whatever the variant is compiled for
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        str(Path(__file__).with_name("test_fused_ops.py")),
-    ]
+    here = subprocess.run([runtime.tool("test-entropy-ops"), "--levels"], capture_output=True, text=True, check=True)
+    assert levels.stdout == here.stdout  # the decoders ask the processor themselves, whatever the variant is compiled for
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-pno:cacheprovider", Path(__file__).with_name("test_fused_ops.py")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ENTROLLM_OPS_COMMAND": str(program)})
     assert result.returncode == 0, result.stdout[-4000:]
 
@@ -310,25 +296,7 @@ def test_other_processors(bare, model, processor):
     if emulator is None:
         pytest.skip("needs qemu-x86_64 (apt-get install qemu-user)")
     program = bare.package / "bin" / "llama-completion"
-    command = [
-        emulator,
-        "-cpu",
-        processor,
-        program,
-        "-m",
-        model,
-        "-p",
-        "The python",
-        "-n",
-        "4",
-        "-t",
-        "2",
-        "-no-cnv",
-        "--temp",
-        "0",
-        "-lv",
-        "4",
-    ]
+    command = [emulator, "-cpu", processor, program, "-m", model, *shlex.split("-p python -n 4 -t 2 -no-cnv --temp 0 -lv 4")]
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
         env={"PATH": "", "GGML_ENTROPY_MODE": "fused"}, timeout=600,
