@@ -61,10 +61,12 @@ _PORTABLE = {
     "GGML_NATIVE": "OFF",
     "GGML_BACKEND_DL": "ON",  # every backend is a library of its own, loaded where it can run
     "GGML_CPU_ALL_VARIANTS": "ON",  # the CPU's as often as upstream knows processors, the best one chosen at run time
-    # its runtime is on no list of manylinux, and a second one would come into processes that import PyTorch
+    # its runtime is on no list of manylinux, and a second one would come into processes that import
+    # PyTorch
     "GGML_OPENMP": "OFF",
 }
-# where CUDA's libraries lie if pip installed them, seen from llama_cpp/lib: CUDA 13's packages, CUDA 12's
+# where CUDA's libraries lie if pip installed them, seen from llama_cpp/lib: CUDA 13's packages,
+# CUDA 12's
 _CUDA_FOLDERS = ("nvidia/cu13/lib", "nvidia/cublas/lib", "nvidia/cuda_runtime/lib")
 
 

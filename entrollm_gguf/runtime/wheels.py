@@ -36,7 +36,8 @@ TOOLS = {
     "rpc-server": "ggml-rpc-server",
 }
 TESTS = ("test-backend-ops", "test-gguf", "test-quantize-fns")
-# These call functions of the CPU's library directly, so upstream builds them only where there is one such library.
+# These call functions of the CPU's library directly, so upstream builds them only where there is
+# one such library.
 LINKED_TO_CPU = ("llama-export-lora", "test-quantize-fns")
 
 MANIFEST = "entrollm_runtime.json"
@@ -62,7 +63,8 @@ def cuda_requirements(nvcc: str) -> tuple[str, ...]:
     """Packages with CUDA's libraries, for a wheel that goes to other machines.
 
     Args:
-        nvcc: the line of `nvcc --version` with its release; libraries of the same major version fit.
+        nvcc: the line of `nvcc --version` with its release; libraries of the same major version
+            fit.
     """
     found = re.search(r"release (\d+)\.", nvcc)
     major = int(found[1]) if found else 0

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The portable wheels on a machine as others have it: an environment of its own, no compiler, nothing but the index (`make test-wheels`).
+"""The portable wheels on a machine as others have it: an environment of its own, no compiler,
+nothing but the index (`make test-wheels`).
 
-ENTROLLM_WHEELS names the index folder that `entrollm runtime wheel` wrote. Without it, all but one of these tests are skipped: wheels take half an
-hour to build. What comes out is compared with the runtime of this environment, which was compiled for this processor alone.
-"""
+ENTROLLM_WHEELS names the index folder that `entrollm runtime wheel` wrote. Without it, all but one
+of these tests are skipped: wheels take half an hour to build. What comes out is compared with the
+runtime of this environment, which was compiled for this processor alone."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ from entrollm_gguf.runtime.wheels import LINKED_TO_CPU, TOOLS
 INDEX = Path(os.environ["ENTROLLM_WHEELS"]).resolve() if os.environ.get("ENTROLLM_WHEELS") else None
 needs_wheels = pytest.mark.skipif(INDEX is None, reason="no wheels; make test-wheels builds them")
 
-# Upstream's variants from the weakest to the strongest, with what the processor must have, as Linux names it (ggml/src/CMakeLists.txt and
+# Upstream's variants from the weakest to the strongest, with what the processor must have, as Linux
+# names it (ggml/src/CMakeLists.txt and
 # cpu-feats.cpp in ggml-cpu/arch/x86, where a variant that needs more scores higher)
 _AVX512 = "avx512f avx512cd avx512vl avx512dq avx512bw"
 _AVX2 = "sse4_2 avx f16c fma avx2 bmi2"
@@ -94,7 +96,8 @@ class Bare:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Iterator[Bare]:
-    """All three wheels, installed from the index through a web server. What they need of others comes first, from where pip always has it."""
+    """All three wheels, installed from the index through a web server. What they need of others
+    comes first, from where pip always has it."""
     here = Bare(tmp_path_factory.mktemp("bare") / "venv")
     subprocess.run([sys.executable, "-m", "venv", here.folder], check=True)
     (here.folder / "home").mkdir()
@@ -139,7 +142,8 @@ def model(converted) -> Path:
     return converted("llama", "EQ8-rows")
 
 
-# loads a model through the binding, saves its logits, and tells which variants of the CPU's code stay in the process
+# loads a model through the binding, saves its logits, and tells which variants of the CPU's code
+# stay in the process
 _SCRIPT = """
 import sys
 import numpy as np
@@ -168,12 +172,13 @@ def nmse(found: np.ndarray, expected: np.ndarray) -> float:
     return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
-# ---- installed -------------------------------------------------------------------------------------------------------------------------
+# ---- installed -----------------------------------------------------------------------------------
 
 
 @needs_wheels
 def test_names_tell_where_they_run():
-    """One runtime for all of x86-64 and all Pythons, whose system the tag names; the others for everywhere."""
+    """One runtime for all of x86-64 and all Pythons, whose system the tag names; the others for
+    everywhere."""
     (coded,) = INDEX.glob("llama-cpp-python/*.whl")
     assert re.search(rf"\+entrollm\.[0-9a-f]{{12}}-py3-none-manylinux_2_\d+_{platform.machine()}\.whl$", coded.name)
     (gguf,) = INDEX.glob("gguf/*.whl")
@@ -218,13 +223,14 @@ def test_tools_that_need_one_cpu_library_are_no_commands(bare):
         assert not (bare.folder / "bin" / program).exists() and not (bare.package / "bin" / program).exists()
 
 
-# ---- a coded model ---------------------------------------------------------------------------------------------------------------------
+# ---- a coded model -------------------------------------------------------------------------------
 
 
 @needs_wheels
 @pytest.mark.parametrize("mode", ["load", "fused"])
 def test_logits_are_those_of_a_runtime_built_here(bare, model, tmp_path, mode):
-    """The same algorithms, compiled otherwise: sums are rounded elsewhere, and an activation may go to the other side of a step."""
+    """The same algorithms, compiled otherwise: sums are rounded elsewhere, and an activation may go
+    to the other side of a step."""
     chosen, found = bare_logits(bare, model, tmp_path, mode)
     assert chosen == runnable()[-1]
     expected = logits(model, kv_overrides={"entropy.mode": mode})
@@ -264,7 +270,8 @@ def without(bare: Bare, best: str, folder: Path) -> Path:
 @needs_wheels
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ops_of_every_variant(bare, tmp_path, variant):
-    """MUL_MAT, MUL_MAT_ID and GET_ROWS on coded weights at every kernel level, against numpy, by the tests of the runtime built here."""
+    """MUL_MAT, MUL_MAT_ID and GET_ROWS on coded weights at every kernel level, against numpy, by
+    the tests of the runtime built here."""
     if variant not in runnable():
         pytest.skip("not for this processor")
     program = without(bare, variant, tmp_path / variant) / "bin" / "test-entropy-ops"
@@ -277,7 +284,8 @@ def test_ops_of_every_variant(bare, tmp_path, variant):
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-# qemu's model of a processor -> variant and kernel level for it; "max" has AVX2, but says that it is an AMD from before Zen 3, whose pdep is slow
+# qemu's model of a processor -> variant and kernel level for it; "max" has AVX2, but says that it
+# is an AMD from before Zen 3, whose pdep is slow
 PROCESSORS = {
     "qemu64": ("x64", "generic"),
     "Nehalem": ("sse42", "generic"),
@@ -291,7 +299,8 @@ PROCESSORS = {
 @needs_wheels
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_other_processors(bare, model, processor):
-    """The variant is chosen at run time, and nothing else in the programs needs more than the processor has."""
+    """The variant is chosen at run time, and nothing else in the programs needs more than the
+    processor has."""
     emulator = shutil.which("qemu-x86_64")
     if emulator is None:
         pytest.skip("needs qemu-x86_64 (apt-get install qemu-user)")
@@ -309,7 +318,8 @@ def test_other_processors(bare, model, processor):
 
 @needs_wheels
 def test_convert_and_everything_else(bare, tiny_model, text_file, tmp_path):
-    """From a Hugging Face folder to numbers and text, by the commands of the README; the converted file is the one that is made here."""
+    """From a Hugging Face folder to numbers and text, by the commands of the README; the converted
+    file is the one that is made here."""
     coded, plain = tmp_path / "model.gguf", tmp_path / "plain.gguf"
     bare.run("entrollm", "convert", tiny_model("llama").folder, coded, "--recipe", "EQ8-rows")
     assert json.loads(bare.run("entrollm", "verify", coded, "--json").stdout)
@@ -360,7 +370,7 @@ def ask(port: int) -> str:
     return ""
 
 
-# ---- what is loaded --------------------------------------------------------------------------------------------------------------------
+# ---- what is loaded ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["runtime", pytest.param("wheel", marks=needs_wheels)])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Wheels for other machines, without building any: their index, names and requirements, and what the command line refuses."""
+"""Wheels for other machines, without building any: their index, names and requirements, and what
+the command line refuses."""
 
 from __future__ import annotations
 
@@ -115,7 +116,7 @@ def test_pip_installs_from_the_index(tmp_path, monkeypatch, damaged):
         assert {path.name for path in target.glob("*.py")} == {"entrollm_test_runtime.py", "entrollm_test_other.py"}
 
 
-# ---- what a portable build is ----------------------------------------------------------------------------------------------------------
+# ---- what a portable build is --------------------------------------------------------------------
 
 
 def test_nothing_of_this_processor_goes_into_a_portable_build(monkeypatch):
@@ -201,7 +202,7 @@ def test_the_manifest_tells_that_it_is_portable(tmp_path):
         assert locate.read_manifest(tmp_path).portable is expected
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
