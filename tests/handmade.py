@@ -12,26 +12,37 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.quant.lossless import quantize_lossless
 
 N_VOCAB = 128
 Shapes = dict[str, tuple[int, ...]]
 
 
-def coded(array: np.ndarray, name: str) -> np.ndarray:
-    """Payload of a float matrix, vector or stack of matrices as EQ8, coarsely."""
-    scale = np.float16(np.abs(array).max() / 100)
+def coded(array: np.ndarray, name: str, kind: EntropyType = EntropyType.EQ8) -> np.ndarray:
+    """Payload of a float matrix, vector or stack of matrices as EQ8, coarsely, or cut to EBF16."""
     shape = array.shape if array.ndim == 3 else (-1, array.shape[-1])
+    if kind is EntropyType.EBF16:
+        cut = (array.reshape(shape).view(np.uint32) & 0xFFFF0000).view(np.float32)
+        made = quantize_lossless(cut, kind)
+        return codec.encode(kind, made.codes, made.scales, rests=made.rests, name=name).payload
+    scale = np.float16(np.abs(array).max() / 100)
     codes = np.rint(array.reshape(shape) / np.float32(scale)).astype(np.int8)
     return codec.encode(EntropyType.EQ8, codes, np.array([scale]), name=name).payload
 
 
 def recode(
-    source: Path, out: Path, recoded: tuple[str, ...] = (), alignment: int | None = None, replaced: dict[str, np.ndarray] | None = None
+    source: Path,
+    out: Path,
+    recoded: tuple[str, ...] = (),
+    alignment: int | None = None,
+    replaced: dict[str, np.ndarray] | None = None,
+    kind: EntropyType = EntropyType.EQ8,
 ) -> Path:
-    """A copy of a GGUF file with some F32 tensors as EQ8, or with another alignment: with one, the
+    """A copy of a GGUF file with some F32 tensors coded, or with another alignment: with one, the
     data begins 8 bytes behind a multiple of 32.
 
     Args:
+        kind: of those that are coded.
         replaced: other data, of any type that GGUF has for numpy's.
     """
     reader = gguf.GGUFReader(source)
@@ -39,15 +50,16 @@ def recode(
         writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
         for field in reader.fields.values():
             if not field.name.startswith(("GGUF.", "general.architecture", "general.alignment")):
-                kind = field.types[0]
-                writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+                value_type = field.types[0]
+                item_type = field.types[-1] if value_type == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), value_type, item_type)
         if alignment:
             writer.add_custom_alignment(alignment)
             writer.add_string("test.padding", " " * n_padding)
         for tensor in reader.tensors:
             if tensor.name in recoded:
-                payload = coded(tensor.data, tensor.name)
-                writer.add_tensor(tensor.name, payload, raw_shape=tensor.data.shape, raw_dtype=gguf.GGMLQuantizationType.EQ8)
+                payload = coded(tensor.data, tensor.name, kind)
+                writer.add_tensor(tensor.name, payload, raw_shape=tensor.data.shape, raw_dtype=gguf.GGMLQuantizationType[kind.name])
             elif replaced and tensor.name in replaced:
                 writer.add_tensor(tensor.name, replaced[tensor.name])
             else:

@@ -67,7 +67,7 @@ def test_functions_of_ggml_take_every_number_below_the_count():
         lib.ggml_type_sizef(number)
         lib.ggml_is_quantized(number)
         lib.ggml_quantize_requires_imatrix(number)
-        is_ours = name in (b"eq8", b"eq4")
+        is_ours = name in (b"eq8", b"eq4", b"ebf16")
         assert (name is None) == (number >= FIRST_GAP and not is_ours)
         assert (lib.ggml_row_size(number, 256) > 0) == (lib.ggml_type_size(number) > 0) == (block > 0)
         if block == 0:

@@ -12,14 +12,14 @@ import pytest
 from handmade import recode, write_gemma3n, write_gemma4, write_rwkv6, write_rwkv7
 from running import Outcome, Trial, outcomes
 
+from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.inspect.decode import decode_file
 from entrollm_gguf.inspect.verify import verify_file
 
 NO_MATRIX = "tensor '{}' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: convert the file again"  # fmt: skip
-# An architecture, parts of the names of its weights that are no matrices of products, and weights
-# that a graph views, which stay what they are in
-# load mode alone. Whatever else has a width that can be coded computes.
+# An architecture, parts of the names of its weights that are no matrices of products, and a weight
+# that its graph views. Whatever else has a width that can be coded computes.
 CASES = [
     (write_rwkv6, ("norm", "bias", "time_mix_ln", "lerp", "time_mix_first", "time_mix_decay.weight"), "blk.0.time_mix_w2.weight"),
     (write_rwkv7, ("norm", "bias", "time_mix_ln", "lerp", "_w0.", "_a0.", "_v0.", "_k_k", "_k_a", "_r_k"), "blk.0.time_mix_w2.weight"),
@@ -69,6 +69,22 @@ def test_every_weight_alone(write, refused, viewed, tmp_path):
                 else:
                     right = found[Trial(decoded[label], "", embeddings)]
                     assert one.refusal is None and nmse(one.logits, right.logits) < 1e-5, (label, mode)
+
+
+@pytest.mark.parametrize("write, refused, viewed", CASES, ids=NAMES)
+def test_the_same_in_sixteen_bits(write, refused, viewed, tmp_path):
+    """EBF16 becomes BF16 in either mode, which graphs may view."""
+    plain, path, decoded = write(tmp_path / "plain.gguf"), tmp_path / "coded.gguf", tmp_path / "decoded.gguf"
+    names = tuple(n for n in all_names(plain) if not any(part in n for part in refused))
+    assert viewed in names
+    norm = next(n for n in all_names(plain) if "norm" in n)
+    bad = recode(plain, tmp_path / "bad.gguf", (norm,), kind=EntropyType.EBF16)
+    decode_file(recode(plain, path, names, kind=EntropyType.EBF16), decoded)
+    trials = [Trial(one, mode, vectors) for vectors in (False, True) for one, mode in ((decoded, ""), (path, "load"), (path, "fused"))]
+    *found, last = outcomes([*trials, Trial(bad)])
+    assert last == Outcome(NO_MATRIX.format(norm), None)
+    for right, load, fused in (found[:3], found[3:]):
+        assert np.array_equal(load.logits, right.logits) and np.array_equal(fused.logits, right.logits)
 
 
 def test_four_dimensions_are_refused(tmp_path):

@@ -28,9 +28,9 @@ from entrollm_gguf.codec import c as codec_c
 
 # of ApirBackendCommandType in the tree's apir_backend.gen.h
 SUPPORTS_OP, BUFFER_TYPE, ALLOCATE, ALLOC_SIZE, SET_TENSOR, GET_TENSOR, COPY_TENSOR, COMPUTE = 6, 7, 14, 15, 17, 18, 19, 22
-F32, Q8_0, EQ8, EQ4 = (gguf.GGMLQuantizationType[name].value for name in ("F32", "Q8_0", "EQ8", "EQ4"))
+F32, Q8_0, EQ8, EQ4, EBF16 = (gguf.GGMLQuantizationType[name].value for name in ("F32", "Q8_0", "EQ8", "EQ4", "EBF16"))
 COMPUTED = 16  # GGML_TENSOR_FLAG_COMPUTE
-NO_TYPES = (-1, 43, 502, 503)  # beyond the range, in the gap below our ids, reserved, the count
+NO_TYPES = (-1, 43, 503)  # beyond the range, in the gap below our ids, the count
 N_COLS, N_ROWS, SLOT = 32, 3, 4096  # of the weights; bytes of the buffer that each tensor may use
 
 
@@ -202,7 +202,7 @@ def test_stock_types_are_computed(host):
     assert answer["codes"] == [0] * len(answer["codes"]) and answer["error"] < 1e-3
 
 
-@pytest.mark.parametrize("type_id", [EQ8, EQ4, *NO_TYPES])
+@pytest.mark.parametrize("type_id", [EQ8, EQ4, EBF16, *NO_TYPES])
 def test_our_types_and_numbers_that_are_none_are_refused(host, type_id):
     (codes,) = in_a_process(_hostile, [(*host, type_id)])
     assert all(codes), codes
