@@ -64,8 +64,7 @@ def measure(shape: tuple[int, int]) -> dict:
 
 def main(out: Path) -> None:
     """Measure and write the report."""
-    report = provenance(f"python bench/lossless.py {out.name}")
-    report["rows"] = [measure(shape) for shape in SHAPES]
+    report = {**provenance("python bench/lossless.py OUT.json"), "rows": [measure(shape) for shape in SHAPES]}
     for row in report["rows"]:
         print(json.dumps(row))
     out.write_text(json.dumps(report, indent=2) + "\n")

@@ -92,7 +92,7 @@ def test_perplexity_of_uint4_is_that_of_its_weights(smollm2, text_file, tmp_path
 def test_size_is_close_to_the_entropy(smollm2):
     report = inspect_file(smollm2("EQ8-paper"))
     assert report.coded_n_weights > 0.999 * report.n_weights - 100_000
-    assert report.coded_entropy < report.coded_bits_per_weight <= 1.03 * report.coded_entropy
+    assert report.coded_entropy < report.coded_bits_per_weight <= 1.032 * report.coded_entropy
     assert 5.0 < report.coded_entropy < 5.7  # the paper: 5.6 to 5.9 bits at uint8
 
 

@@ -24,6 +24,8 @@ from reference import decoder, lanes
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
 
+QUANTIZED = [kind for kind in EntropyType if kind.is_quantized]
+
 BOUND = 2e-6  # relative to the sum of absolute products, as on the CPU
 
 
@@ -73,7 +75,7 @@ def test_products(kernels, rng, case):
     check(one, got)
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("offset", ["none", "row"])
 @pytest.mark.parametrize("n_columns", range(1, 9))
 def test_every_number_of_columns(kernels, rng, kind, offset, n_columns):
@@ -94,7 +96,7 @@ def test_the_loader_makes_the_device_layout(kernels, rng, case):
             np.testing.assert_array_equal(lanes.decode_codes(slab), codes)
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_matrices_that_do_not_fit(kernels, rng, kind):
     """A header that promises too little is refused; what is promised beyond need is filled up."""
     one = make(Case(kind, 100, 192, 1, n_slabs=3, offset="row"), rng)
@@ -109,7 +111,7 @@ def test_matrices_that_do_not_fit(kernels, rng, kind):
 def test_large_matrices_by_several_threads(kernels, rng):
     """The work is done in chunks of row groups, and the result does not depend on them. The last
     group is not full."""
-    for kind in filter(lambda kind: kind.is_quantized, EntropyType):
+    for kind in QUANTIZED:
         codes = np.clip(np.rint(rng.normal(0, 3, (2, 1013, 2048))), *kind.code_range).astype(np.int8)
         scales = rng.uniform(0.001, 0.02, (2, 1013)).astype(np.float16)
         payload = codec.encode(kind, codes, scales).payload
@@ -127,7 +129,7 @@ def check_pair(kernels, one: Made, other: Made, **options) -> None:
 
 # the second matrix has fewer rows, more, or the same number, and its last row group is full or not.
 # A group of the wrong matrix would show: codes, scales and tables differ.
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("n_columns", range(1, 9))
 def test_two_matrices_in_one_launch(kernels, rng, kind, n_columns):
     n_rows = (40, 64, 1, 96, 33, 31, 32, 100)[n_columns - 1]
@@ -135,7 +137,7 @@ def test_two_matrices_in_one_launch(kernels, rng, kind, n_columns):
     check_pair(kernels, make(case, rng), make(replace(case, n_rows=n_rows, codes="uniform"), rng))
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("n_columns", [1, 6])
 @pytest.mark.parametrize("offsets", [("row", "row"), ("none", "row"), ("one", "none")], ids=str)
 def test_two_matrices_with_offsets(kernels, rng, kind, n_columns, offsets):
@@ -145,7 +147,7 @@ def test_two_matrices_with_offsets(kernels, rng, kind, n_columns, offsets):
     check_pair(kernels, make(case, rng), make(replace(case, n_rows=70, offset=offsets[1], tile_cols=256), rng), n_warps=3)
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("n_tokens", range(1, 9))
 def test_experts_of_two_matrices(kernels, rng, kind, n_tokens):
     """Gate and up of a MoE: an expert of each for every token and slot; odd numbers of tokens share
@@ -154,7 +156,7 @@ def test_experts_of_two_matrices(kernels, rng, kind, n_tokens):
     check_pair(kernels, make(case, rng), make(replace(case, n_rows=20 + 15 * n_tokens, codes="escapes"), rng))
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_stacks_of_two_matrices(kernels, rng, kind):
     case = Case(kind, 40, 96, 3, n_slabs=3, planes=2)
     check_pair(kernels, make(case, rng), make(replace(case, n_rows=65), rng))
@@ -163,7 +165,7 @@ def test_stacks_of_two_matrices(kernels, rng, kind):
 @pytest.mark.parametrize(
     "options", [{"n_warps": 1}, {"n_warps": 3}, {"backwards": True}, {"early": True}, {"shared_size": SMALLEST_SHARED}], ids=str
 )
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_any_block(kernels, rng, kind, options):
     """Fewer warps than slices, the smallest shared memory of any device, threads in the other
     order, copies that land early."""
@@ -199,7 +201,7 @@ def test_rows_of_the_stock_type_are_bit_exact(kernels, rng, case):
     assert kernels.decode(weights(one), name).tobytes() == expected
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("offset", ["none", "row"])
 def test_rows_for_batches(kernels, rng, kind, offset):
     """F16 of either kind, and codes as Q8_0 or Q4_0 whose offsets are left out; a part of the row
@@ -215,7 +217,7 @@ def test_rows_for_batches(kernels, rng, kind, offset):
     assert kernels.decode(weights(one), plain).tobytes() == stock(without)[1]
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("n_used", [0, 2])
 @pytest.mark.parametrize("offset", ["none", "one", "row"])
 def test_offsets_after_a_batch(kernels, rng, kind, offset, n_used):
@@ -235,7 +237,7 @@ def test_experts_that_are_used(kernels, rng):
     assert set(np.flatnonzero(kernels.count_routes(100, ids))) == {0, 2, 3, 70, 99}
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.2, 0.4])
 def test_lanes_that_drift_apart(kernels, rng, kind, share, early):
@@ -260,7 +262,7 @@ def test_lanes_that_drift_apart(kernels, rng, kind, share, early):
     np.testing.assert_array_equal(kernels.get_rows(weights(one), ids)[0], (codes[0] * scales[0][:, None].astype(np.float32))[ids[0]])
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("n_far", [48, 120])
 def test_bursts_of_long_codes(kernels, rng, kind, n_far, early):
@@ -281,7 +283,7 @@ def test_bursts_of_long_codes(kernels, rng, kind, n_far, early):
     assert kernels.decode(weights(one), name, early=early).tobytes() == expected
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_activations_that_are_not_exact(kernels, rng, kind):
     """int8 once without offsets, twice with them (docs/decisions.md): the errors of 8 and of some
     16 bits."""
@@ -296,7 +298,7 @@ def test_activations_that_are_not_exact(kernels, rng, kind):
         assert (got[0, 1] == 0).all()
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_damaged_streams_stay_in_bounds(kernels, rng, kind):
     """Any bits in the bitstream: every access is checked, and rows of other tiles are untouched."""
     one = make(Case(kind, 70, 576, 2, offset="row", codes="escapes", tile_cols=256), rng)
@@ -319,7 +321,7 @@ def test_damaged_streams_stay_in_bounds(kernels, rng, kind):
             kernels.get_rows(damaged, ids, backwards=backwards)
 
 
-@pytest.mark.parametrize("kind", EntropyType)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("offset", ["none", "row"])
 @pytest.mark.parametrize("fill", [0, 255])
 def test_experts_that_were_not_copied(kernels, rng, kind, offset, fill):

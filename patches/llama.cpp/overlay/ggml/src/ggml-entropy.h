@@ -232,7 +232,7 @@ struct ggml_entropy_plan {
 
 // What a decoder's time is worth in bits: size against speed (docs/decisions.md).
 #define GGML_ENTROPY_PLANE_COST 0.005 // of a weight, for each plane of the code's tail
-#define GGML_ENTROPY_TAIL_COST  0.15  // of a bit of a tail, beyond that bit
+#define GGML_ENTROPY_TAIL_COST  0.05  // of a bit of a tail, beyond that bit
 #define GGML_ENTROPY_FAR_COST   4.0   // of a far weight, beyond its byte
 
 // The best code (7), by trying all: the one of the least n_bits and these costs.
