@@ -319,15 +319,16 @@ def test_other_processors(bare, model, processor):
 
 
 @needs_wheels
-def test_convert_and_everything_else(bare, tiny_model, text_file, tmp_path):
+def test_convert_and_everything_else(bare, tiny_model, converted, text_file, tmp_path):
     """From a Hugging Face folder to numbers and text, by the commands of the README; the converted
     file is the one that is made here."""
     coded, plain = tmp_path / "model.gguf", tmp_path / "plain.gguf"
     bare.run("entrollm", "convert", tiny_model("llama").folder, coded, "--recipe", "EQ8-rows")
-    assert json.loads(bare.run("entrollm", "verify", coded, "--json").stdout)
+    assert "sound" in bare.run("entrollm", "verify", coded).stdout
+    assert coded.read_bytes() == converted("llama", "EQ8-rows").read_bytes()
     bare.run("entrollm", "inspect", coded)
     bare.run("entrollm", "decode", coded, plain)
-    said = bare.run("entrollm", "perplexity", coded, "--text", text_file, "--chunks", "2", "--context", "64").stdout
+    said = bare.run("entrollm", "perplexity", coded, "--text", text_file, "--chunks", "2", "--ctx", "64").stdout
     assert re.search(r"\d+\.\d+", said)
     texts = {
         mode: bare.run(
