@@ -91,6 +91,8 @@ def encode_tensor(
 
 def _error(weights: np.ndarray, quantized: Quantized) -> float:
     """Energy of the difference to what the codes stand for, by that of the weights."""
+    if quantized.rests is not None:
+        return 0.0  # lossless
     rows, codes = (one.reshape(-1, weights.shape[-1]) for one in (weights, quantized.codes))
     n_rows = weights.shape[-2]
     scales, offsets = (

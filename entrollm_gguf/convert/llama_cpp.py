@@ -2,10 +2,9 @@
 """Driver of llama.cpp's own converter classes: which class, its tensors one by one, its metadata.
 Nothing of theirs is rewritten.
 
-The classes call `gguf_writer.add_tensor(name, data,
-raw_dtype)` for each tensor under its GGUF name. `each_tensor` stands in for that call. Types are
-decided upstream: with the file type BF16, whatever arrives as BF16 is what llama.cpp would
-quantize; all else stays as it is.
+The classes call `gguf_writer.add_tensor(name, data, raw_dtype)` for each tensor under its GGUF
+name. `each_tensor` stands in for that call. Types are decided upstream: with the file type BF16,
+whatever arrives as BF16 is what llama.cpp would quantize; all else stays as it is.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 """A static package index (PEP 503) of wheels in a folder: pip reads it from a web server that knows
 nothing of Python, or from disk.
 
-FOLDER/index.html                      names of the projects
-FOLDER/<project>/index.html            its wheels, each with its SHA-256
-FOLDER/<project>/<wheel>
-FOLDER/requirements.txt                the versions that belong together
+    FOLDER/index.html                      names of the projects
+    FOLDER/<project>/index.html            its wheels, each with its SHA-256
+    FOLDER/<project>/<wheel>
+    FOLDER/requirements.txt                the versions that belong together
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def add_wheels(folder: Path, wheels: list[Path]) -> list[Path]:
     """Copy wheels into the index, in place of others of these projects, and write its pages.
 
     Local versions are told apart by a hash, which has no order: pip could not choose the newest
-        one.
+    one.
 
     Returns:
         where they are now.

@@ -15,6 +15,7 @@ from vectors import make
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import CodecError, EntropyType
+from entrollm_gguf.convert.encode import encode_tensor
 from entrollm_gguf.errors import FormatError
 from entrollm_gguf.quant import NotFiniteError, QuantizeError, quantize_lossless
 
@@ -115,6 +116,13 @@ def test_f16_weights_that_are_bf16_numbers(rng):
     payload = codec.encode(EBF16, quantized.codes, quantized.scales, rests=quantized.rests).payload
     rows = codec.decode_plain(EBF16, payload, weights.shape)[1]
     assert np.array_equal((rows.view("<u2").astype(np.uint32) << 16).view(np.float32), weights)
+
+
+def test_it_adds_no_error(rng):
+    """Where weights were quantized before and happen to be bf16 numbers."""
+    weights = as_bf16(rng.normal(0, 1, (16, 32)))
+    _, record = encode_tensor("w", weights, EBF16, quantize_lossless, measure=True)
+    assert record.type_name == "EBF16" and record.added_error == 0
 
 
 def test_what_there_is_not(rng):

@@ -13,6 +13,8 @@ code (raw_bits, bin_bits, tail, base and class_base), and `lanes_sha256` of the 
 one int8 each, row after row.
 
 Random bytes come from SHAKE-256 of the vector's name: no library's generator has to stay as it is.
+Vectors of EBF16 have an index of their own, `ebf16.json` (`write_ebf16`).
+
 `encoder: codec` means that this project's codec makes exactly these bytes; `encoder: reference`
 marks valid payloads of other codes than it would choose, whose device layout has more room than it
 needs.
