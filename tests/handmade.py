@@ -37,6 +37,7 @@ def recode(
     alignment: int | None = None,
     replaced: dict[str, np.ndarray] | None = None,
     kind: EntropyType = EntropyType.EQ8,
+    retyped: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
     """A copy of a GGUF file with some F32 tensors coded, or with another alignment: with one, the
     data begins 8 bytes behind a multiple of 32.
@@ -44,6 +45,7 @@ def recode(
     Args:
         kind: of those that are coded.
         replaced: other data, of any type that GGUF has for numpy's.
+        retyped: stock types for F32 tensors.
     """
     reader = gguf.GGUFReader(source)
     for n_padding in range(0, 256 if alignment else 1, 8):
@@ -62,6 +64,9 @@ def recode(
                 writer.add_tensor(tensor.name, payload, raw_shape=tensor.data.shape, raw_dtype=gguf.GGMLQuantizationType[kind.name])
             elif replaced and tensor.name in replaced:
                 writer.add_tensor(tensor.name, replaced[tensor.name])
+            elif retyped and tensor.name in retyped:
+                data = gguf.quants.quantize(tensor.data, retyped[tensor.name])
+                writer.add_tensor(tensor.name, data, raw_dtype=retyped[tensor.name])
             else:
                 writer.add_tensor(tensor.name, tensor.data, raw_shape=tensor.raw_shape, raw_dtype=tensor.tensor_type)
         _close(writer)

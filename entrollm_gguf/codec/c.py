@@ -3,7 +3,7 @@
 library that holds their functions.
 
 `entrollm_gguf.codec` is the only user. A mirror's layout is held against docs/format.md by
-tests/unit/test_codec_binding.py.
+tests/unit/test_codec_binding.py, and its size against the library that is loaded.
 """
 
 from __future__ import annotations
@@ -165,12 +165,26 @@ class LanesPlan(ctypes.Structure):
     ]
 
 
+# name without "ggml_entropy_" -> mirror
+_MIRRORS: dict[str, type[ctypes.Structure]] = {
+    "code": Code,
+    "tail": Tail,
+    "header": Header,
+    "view": View,
+    "plan": Plan,
+    "extent": Extent,
+    "spec": Spec,
+    "lanes_header": LanesHeader,
+    "lanes_plan": LanesPlan,
+}
+
 NO_MEMORY = 3  # enum ggml_entropy_status; the other values are told apart by their text alone
 
 _ptr, _i32, _i64, _u64, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint64, ctypes.c_size_t
 
 # name without "ggml_entropy_" -> argument types, result
 _FUNCTIONS = {
+    "size_of": ([ctypes.c_char_p], _size),
     "status_str": ([_i32], ctypes.c_char_p),
     "tail_of": ([_i32], ctypes.POINTER(Tail)),
     "check_header": ([_i32, _ptr, _ptr, _ptr], _i32),
@@ -215,13 +229,16 @@ def library() -> ctypes.CDLL:
 
         path = str(runtime.library("ggml-base"))
     lib = ctypes.CDLL(path)
+    other = RuntimeMissingError(f"{path}: belongs to another version of this package; run `entrollm runtime build`")
     for name, (argtypes, restype) in _FUNCTIONS.items():
         try:
             function = getattr(lib, "ggml_entropy_" + name)
         except AttributeError as error:
-            raise RuntimeMissingError(f"{path}: belongs to another version of this package; run `entrollm runtime build`") from error
+            raise other from error
         function.argtypes = argtypes
         function.restype = restype
+    if any(lib.ggml_entropy_size_of(name.encode()) != ctypes.sizeof(mirror) for name, mirror in _MIRRORS.items()):
+        raise other
     return lib
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -49,6 +50,10 @@ def refused(out, capsys, monkeypatch):
         return line
 
     return run
+
+
+def data_of(path: Path) -> dict[str, bytes]:
+    return {t.name: t.data.tobytes() for t in gguf.GGUFReader(path).tensors}
 
 
 def configure(folder: Path, **changes) -> None:
@@ -101,6 +106,27 @@ def test_more_tokens_than_rows(tiny_model, tmp_path, refused):
     tokenizer["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
     path.write_text(json.dumps(tokenizer))
     assert "tokenizer.json: llama.cpp's converter does not know its pre-tokenizer" in refused(folder)
+
+
+def test_a_damaged_file_that_nothing_reads(model, tmp_path):
+    """Beside a whole file, and beside shards with an index."""
+    plain = tmp_path / "plain.gguf"
+    assert main(["convert", str(model), str(plain), "--recipe", "EQ8-rows"]) == 0
+    (model / "consolidated.safetensors").write_bytes(bytes(64))
+    assert main(["convert", str(model), str(tmp_path / "beside.gguf"), "--recipe", "EQ8-rows"]) == 0
+
+    weights = load_file(model / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: weights[name] for name in held}, model / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, held in shards.items() for name in held}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (model / "model.safetensors").unlink()
+    assert main(["convert", str(model), str(tmp_path / "shards.gguf"), "--recipe", "EQ8-rows"]) == 0
+
+    told = {name: data_of(tmp_path / f"{name}.gguf") for name in ("plain", "beside", "shards")}
+    assert told["beside"] == told["plain"] == told["shards"]
 
 
 def test_fewer_rows_than_the_configuration_says(model, refused):

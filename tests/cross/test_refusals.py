@@ -208,6 +208,18 @@ def test_integers_in_place_of_weights(tmp_path):
     assert reason in verify_file(path).problems[0]
 
 
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0"])
+def test_stock_types_in_place_of_norms_and_biases(tmp_path, type_name):
+    """The CPU adds and multiplies f32 alone: refused before any op meets them."""
+    plain = write_rwkv6(tmp_path / "plain.gguf")
+    names = ("output_norm.weight", "blk.0.attn_norm.bias", "blk.1.time_mix_lerp_x.weight")
+    stock = gguf.GGMLQuantizationType[type_name]
+    paths = [recode(plain, tmp_path / f"{name}.gguf", retyped={name: stock}) for name in names]
+    for name, path, found in zip(names, paths, outcomes([Trial(path) for path in paths]), strict=True):
+        assert f"failed to find a compatible buffer type for tensor {name}" in (found.refusal or "")
+        assert name in verify_file(path).problems[0]
+
+
 # ---- alignment -----------------------------------------------------------------------------------
 
 

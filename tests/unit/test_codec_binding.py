@@ -15,7 +15,7 @@ import pytest
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType, Payload
 from entrollm_gguf.codec import c as codec_c
-from entrollm_gguf.errors import FormatError
+from entrollm_gguf.errors import FormatError, RuntimeMissingError
 
 EQ8, EQ4 = EntropyType.EQ8, EntropyType.EQ4
 FORMAT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
@@ -66,6 +66,15 @@ def test_sizes_of_structures():
     assert codec_c.View.scales.offset == codec.HEADER_SIZE
     assert ctypes.sizeof(codec_c.Plan) == 16 + 256 + 3 * 8
     assert ctypes.sizeof(codec_c.LanesPlan) == 512 + 512 + 256 + 8
+
+
+def test_a_library_of_another_version(monkeypatch):
+    """Its functions have the names that are asked for, and structures of other sizes."""
+    assert codec_c.library().ggml_entropy_size_of(b"view") == ctypes.sizeof(codec_c.View)
+    assert codec_c.library().ggml_entropy_size_of(b"views") == 0
+    monkeypatch.setitem(codec_c._MIRRORS, "view", type("Longer", (codec_c.View,), {"_fields_": [("more", ctypes.c_void_p)]}))
+    with pytest.raises(RuntimeMissingError, match="belongs to another version of this package; run `entrollm runtime build`"):
+        codec_c.library.__wrapped__()
 
 
 def some_codes(rng, kind: EntropyType, shape: tuple[int, ...], sigma: float) -> np.ndarray:

@@ -205,6 +205,19 @@ def test_budgets_where_sizes_do_not_move(rng, share):
     assert 0.98 * share * largest < survey.tensor_bytes(step) <= share * largest
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8])
+def test_budgets_where_codes_change(rng, share):
+    """Like matrices change their code at nearly the same step, and their sizes jump by more than
+    the percent that bits promises: targets in the gap are met all the same."""
+    survey = budget.Survey({str(i): profile(rng.laplace(0, 1, (256, 1024)).astype(np.float32)) for i in range(16)}, {}, 0)
+    steps = 0.2 * 1.001 ** np.arange(100)
+    sizes = [survey.profiles["0"].n_bytes(step) for step in steps]
+    at = int(np.argmin(np.diff(sizes)))
+    assert sizes[at + 1] < 0.99 * sizes[at]
+    target = int(16 * (share * sizes[at] + (1 - share) * sizes[at + 1]))
+    assert 0.995 * target < survey.coded_bytes(budget.step_for(survey, budget.Target(target, 0))) <= target
+
+
 def test_corrections_close_in(rng):
     survey = budget.Survey({"a": profile(gaussian(rng))}, {}, 0)
     size, target = 100_000, budget.Target(100_000, 0)

@@ -56,6 +56,26 @@ const char * ggml_entropy_status_str(enum ggml_entropy_status status) {
     return "unknown status";
 }
 
+size_t ggml_entropy_size_of(const char * structure) {
+    static const struct { const char * name; size_t size; } known[] = {
+        { "code",         sizeof(struct ggml_entropy_code)         },
+        { "tail",         sizeof(struct ggml_entropy_tail)         },
+        { "header",       sizeof(struct ggml_entropy_header)       },
+        { "view",         sizeof(struct ggml_entropy_view)         },
+        { "plan",         sizeof(struct ggml_entropy_plan)         },
+        { "extent",       sizeof(struct ggml_entropy_extent)       },
+        { "spec",         sizeof(struct ggml_entropy_spec)         },
+        { "lanes_header", sizeof(struct ggml_entropy_lanes_header) },
+        { "lanes_plan",   sizeof(struct ggml_entropy_lanes_plan)   },
+    };
+    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
+        if (strcmp(structure, known[i].name) == 0) {
+            return known[i].size;
+        }
+    }
+    return 0;
+}
+
 const struct ggml_entropy_tail * ggml_entropy_tail_of(int number) {
     static const struct ggml_entropy_tail tails[GGML_ENTROPY_N_TAILS] = {
         { 0, { 0, 0, 0, 0 }, 0, 0 },

@@ -144,6 +144,10 @@ GGML_API bool ggml_entropy_is_type(enum ggml_type type);
 GGML_API bool ggml_entropy_is_quantized(enum ggml_type type);
 GGML_API const char * ggml_entropy_status_str(enum ggml_entropy_status status);
 
+// Bytes of a structure of this file or of ggml-entropy-lanes.h, by its name without "ggml_entropy_"; 0 if there is none such. A binding
+// that mirrors the structures learns from it whether it is of the library's version.
+GGML_API size_t ggml_entropy_size_of(const char * structure);
+
 // ---- reading ---------------------------------------------------------------------------------------------------------------------
 
 // Check the 256 bytes of a header alone: enough to trust sizes, shape, modes and the code, not the sections behind it.
