@@ -525,7 +525,7 @@ void llama_entropy::load_decoded(const ggml_tensor * src, ggml_tensor * dst, con
         check_f16(src, slabs, "to which mode load decodes it: use mode fused (GGML_ENTROPY_MODE=fused)");
     }
 
-    // for a device, too: to bring the payload into its layout would take longer than to decode it (docs/cuda.md of EntroLLM-GGUF)
+    // also for a device: decoding on the host is quicker than making the device's layout first (docs/cuda.md of EntroLLM-GGUF)
     const bool in_place = ggml_backend_buffer_is_host(dst->buffer);
     uint8_t * rows = in_place ? (uint8_t *) dst->data : plain_buf.of(n_plain);
     ggml_entropy_status status;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 //
-// Entropy-coded tensors (EQ8, EQ4) in the model loader.
+// Entropy-coded tensors (EQ8, EQ4, EBF16) in the model loader.
 //
-// A tensor can live in memory in two ways. Load mode: validated and decoded once, while the model is loaded, into the stock type that
+// A tensor can live in memory in two ways, EBF16 in the first only. Load mode: validated and decoded once, while the model is loaded, into the stock type that
 // holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: it stays coded, and kernels decode
 // it; on the CPU as it is in the file, mapped if the model is; on another device in the device layout (ggml-entropy-lanes.h), which is made
 // while the tensor is uploaded. llama_entropy::stays_coded is the one place that decides.
 //
 // How it hangs together: create_tensor first asks set_plain_type, which turns the tensor's meta data into the plain type, chooses a buffer type
-// for that, and then asks stays_coded whether to go back to the coded type. Tensors whose bytes in memory are others than in the file
+// for that, and then asks stays_coded whether to go back to the coded type. Tensors whose bytes in memory differ from those in the file
 // go into contexts of their own, which are never mapped (ctx_key::converted). load_all_data calls load for all.
 // Progress and totals count bytes of the file throughout; only the buffers know the size in memory. Both sizes stand in the headers, so
 // that buffers are planned without reading the codes.

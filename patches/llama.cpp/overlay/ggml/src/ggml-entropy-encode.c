@@ -230,7 +230,7 @@ enum ggml_entropy_status ggml_entropy_measure(
     struct code_book book;
     make_book(code, &book);
     const int n_digits = ggml_entropy_tail_of(code->tail)->n_digits;
-    uint32_t cost[256]; // far << 8 | bits: rows of a group have at most 2^28 codes, counted in 64 bits
+    uint32_t cost[256]; // far << 8 | bits: sums of up to 2^28 of these are kept in 64 bits
     for (int i = 0; i < 256; i++) {
         cost[i] = book.bits[i] | (uint32_t) (book.digit[i] == n_digits) << 8;
     }
@@ -262,7 +262,7 @@ static bool fill_header(
         return false;
     }
     memcpy(h->magic, ggml_entropy_magic, sizeof(ggml_entropy_magic));
-    h->version     = 2;
+    h->version     = GGML_ENTROPY_VERSION;
     h->kind        = (uint8_t) kind_of_type(spec->type);
     h->n_cols      = (uint32_t) spec->n_cols;
     h->n_rows      = (uint32_t) spec->n_rows;

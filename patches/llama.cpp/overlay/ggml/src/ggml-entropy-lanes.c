@@ -82,8 +82,9 @@ bool ggml_entropy_is_lanes(const void * slab) {
 
 // Exact joint optimum of intervals, prefix lengths and escape (docs/format.md 8.2). Dynamic programme over states (position, used), where
 // used is the Kraft budget spent so far in units of 2^-8: a class of prefix length p takes 256 >> p units. At each position one either
-// skips a symbol that never occurs, sends it through the escape (a class of all 256 symbols), or opens a class (e, p) that covers the next 2^e symbols. One pass per
-// prefix length of the escape (and one without), since the escape's share of the budget is spent in advance.
+// skips a symbol that never occurs, sends it through the escape (a class of all 256 symbols), or opens a class (e, p) that covers the
+// next 2^e symbols. One pass per prefix length of the escape (and one without), since the escape's share of the budget is spent in
+// advance.
 //
 // Costs are integers: the counts are scaled to a sum of at most 2^26, so that 15 bits a symbol stay below DP_INF and DP_INF + cost below
 // 2^31.

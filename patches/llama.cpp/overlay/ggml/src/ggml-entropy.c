@@ -113,7 +113,7 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
     if (memcmp(h->magic, ggml_entropy_magic, sizeof(ggml_entropy_magic)) != 0) {
         return GGML_ENTROPY_BAD_MAGIC;
     }
-    if (h->version != 2) {
+    if (h->version != GGML_ENTROPY_VERSION) {
         return GGML_ENTROPY_BAD_VERSION;
     }
     if (h->kind < GGML_ENTROPY_KIND_EQ8 || h->kind > GGML_ENTROPY_KIND_EBF16) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Codec of the entropy-coded tensor types EQ8 and EQ4: plan, encode, decode, validate, verify.
+// Codec of the entropy-coded tensor types EQ8, EQ4 and EBF16: plan, encode, decode, validate, verify.
 // The bit layout is specified in docs/format.md of EntroLLM-GGUF; nothing outside these files and the kernels knows it.
 //
 // In one paragraph: a slab is one matrix. Its rows are cut into groups of 16, and a group into units of 16 rows x 4 columns, 64 weights.
@@ -10,7 +10,7 @@
 //
 // Conventions
 // - Nothing here prints, exits, starts threads or keeps state. Work on row groups is independent: callers parallelise over ranges.
-// - Codes are int8, row-major, shape (n_rows, n_cols): EQ8 -128..127, EQ4 -8..7.
+// - Codes are int8, row-major, shape (n_rows, n_cols): EQ8 and EBF16 -128..127, EQ4 -8..7.
 // - Functions return a status; memory is the caller's. A view holds a copy of the header and borrows the rest of the slab.
 // - Decoding a *validated* slab is memory-safe for any bits behind its header, also if they change while they are read; decoding an
 //   unvalidated one is not allowed.
@@ -26,6 +26,7 @@
 extern "C" {
 #endif
 
+#define GGML_ENTROPY_VERSION      2    // of the format
 #define GGML_ENTROPY_GROUP_ROWS   16   // rows of a row group
 #define GGML_ENTROPY_UNIT_COLS    4    // columns of a unit
 #define GGML_ENTROPY_UNIT         64   // weights of a unit; weight i is row i / 4, column i % 4
@@ -50,7 +51,7 @@ enum ggml_entropy_offset_mode { GGML_ENTROPY_OFFSET_NONE = 0, GGML_ENTROPY_OFFSE
 // What is wrong with an argument or a slab. ggml_entropy_status_str gives one clause in English.
 enum ggml_entropy_status {
     GGML_ENTROPY_OK = 0,
-    GGML_ENTROPY_BAD_ARGUMENT,   // the caller's: shape, kind, range of rows, alignment, a code that is none
+    GGML_ENTROPY_BAD_ARGUMENT,   // the caller's: shape, kind, range of rows, alignment, impossible code parameters
     GGML_ENTROPY_BAD_CODE,       // a code outside the range of the kind
     GGML_ENTROPY_NO_MEMORY,
     GGML_ENTROPY_TRUNCATED,      // fewer bytes than the header needs or promises
@@ -94,7 +95,7 @@ GGML_API const struct ggml_entropy_tail * ggml_entropy_tail_of(int number);
 // The first 256 bytes of a slab (docs/format.md 5.1). Little-endian hosts only.
 struct ggml_entropy_header {
     uint8_t  magic[4];
-    uint16_t version;
+    uint16_t version; // GGML_ENTROPY_VERSION
     uint8_t  kind;
     uint8_t  reserved0;
     uint64_t hash;

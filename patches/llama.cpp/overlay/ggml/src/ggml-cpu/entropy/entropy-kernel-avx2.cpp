@@ -22,7 +22,7 @@ static INLINE __m256i expand(uint32_t mask, __m256i byte) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, bits), byte);
 }
 
-// The same of one half of 64 bits, to 1; mask holds them in every 8 bytes.
+// 32 of 64 mask bits to bytes of 0 and 1. Every 8 bytes of mask hold the same 64 bits.
 static INLINE __m256i ones_of(__m256i mask, int half) {
     const __m256i spread = half == 0
         ? _mm256_setr_epi8(0,0,0,0,0,0,0,0, 1,1,1,1,1,1,1,1, 2,2,2,2,2,2,2,2, 3,3,3,3,3,3,3,3)
@@ -57,7 +57,7 @@ struct vectors {
             raw += 32;
         }
         if (RAW_BITS & 2) {
-            // 16 weights a time stand in bits 0, 2, 4 and 6 of the same 16 bytes: moved to where the number wants them
+            // 16 weights at a time have their pairs in bits 0, 2, 4 and 6 of the same 16 bytes: moved to where the number wants them
             const __m256i v    = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) raw));
             const __m256i mask = _mm256_set1_epi8(3 << pair_at);
             __m256i first;

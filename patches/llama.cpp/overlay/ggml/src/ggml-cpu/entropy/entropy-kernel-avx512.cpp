@@ -45,7 +45,7 @@ struct vectors {
             raw += 32;
         }
         if (RAW_BITS & 2) {
-            // 16 weights a time stand in bits 0, 2, 4 and 6 of the same 16 bytes: rotated to where the number wants them
+            // 16 weights at a time have their pairs in bits 0, 2, 4 and 6 of the same 16 bytes: rotated to where the number wants them
             const __m512i v     = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) raw));
             const __m512i turns = _mm512_add_epi32(
                 _mm512_setr_epi32(0, 0, 0, 0, 30, 30, 30, 30, 28, 28, 28, 28, 26, 26, 26, 26), _mm512_set1_epi32(pair_at));

@@ -13,7 +13,7 @@
 //     class        is the sum of all digits. The last digit's planes become bytes, one for each weight that got there; these are dealt out
 //                  to the places of the digit before and added to its own bytes, and so on; at last to the places of A
 //     code         the class looks up an addend among 16; q = r + addend. Direct weights find 0, and class 0 has their addend
-//     far          a class that there is not: such bytes are patched in
+//     far          weights whose class number is beyond the last class; their bytes are patched in
 //
 // A mask of n bits is dealt out in registers of 16 bytes. Three sizes are compiled: for the few weights that most units have with a tail, for
 // twice as many, and for all, with windows of any length.
@@ -37,7 +37,7 @@ namespace {
 
 constexpr int CLAMP = GGML_ENTROPY_CLAMP_UNITS;
 
-// Bits of a window that are there wherever in its first byte it starts.
+// Bits that a window of 64 is sure to hold: it may start at any of the 8 bits of its first byte.
 constexpr unsigned WINDOW = 57;
 
 template <int N>
@@ -253,7 +253,7 @@ INLINE const uint8_t * unpack(const uint8_t * raw, bytes<4> & r) {
         raw += 32;
     }
     if (RAW_BITS & 2) {
-        // 16 weights a time stand in bits 0, 2, 4 and 6 of the same 16 bytes: moved to where the number wants them
+        // 16 weights at a time have their pairs in bits 0, 2, 4 and 6 of the same 16 bytes: moved to where the number wants them
         const uint8x16_t v = vld1q_u8(raw);
         for (int i = 0; i < 4; i++) {
             const int8x16_t left = vdupq_n_s8((int8_t) (pair_at - 2*i));

@@ -33,7 +33,7 @@ constexpr int UNIT  = GGML_ENTROPY_UNIT;
 constexpr int ROWS  = GGML_ENTROPY_GROUP_ROWS;
 constexpr int CLAMP = GGML_ENTROPY_CLAMP_UNITS;
 
-// Bits of a window that are there wherever in its first byte it starts.
+// Bits that a window of 64 is sure to hold: it may start at any of the 8 bits of its first byte.
 constexpr unsigned WINDOW = 57;
 
 // Tails of a mean length up to this many bits a unit are read through one window, which is less work. Of Gaussian codes (simulated) one unit
@@ -119,8 +119,8 @@ struct no_window {
     }
 };
 
-// The tail shapes of docs/format.md 5.2. number[c] is the class number that masks give class c, and 0 is direct weights', too. Numbers are
-// sums of planes without carry, chosen such that the masks take the fewest operations: each plane adds the same to the number wherever it is
+// The tail shapes of docs/format.md 5.2. number[c] is what the masks of all planes spell for class c; direct weights get 0. Numbers are sums
+// of planes without carry, chosen such that the masks take the fewest operations: each plane adds the same to the number wherever it is
 // set (in tail_1_1_2_2 a 1, b 5, c 1, d 2, e 4, f 5), and all classes come out different.
 
 struct tail_2_2 {

@@ -4,8 +4,8 @@
 //
 //     ref      as docs/format.md reads, one bit and one product at a time; every other level is tested against it
 //     generic  portable C: the codec's decoder (ggml-entropy-decode.h), and loops for the compiler to vectorise
-//     avx512   the same in registers of 64 bytes, with VNNI where it is there
 //     avx2     64 weights at a time by pdep and byte shuffles; only there if the processor can, and pdep is not microcoded
+//     avx512   the same in registers of 64 bytes, with VNNI where it is there
 //     neon     64 weights at a time by byte look-ups, on aarch64, with dot products if the library is compiled for them
 //
 // A level is a row of the table in entropy-kernel.cpp, best first. GGML_ENTROPY_KERNEL in the environment forces one by name; test

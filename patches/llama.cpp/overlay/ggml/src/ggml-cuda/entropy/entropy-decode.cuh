@@ -117,8 +117,7 @@ struct entropy_ring {
         const uint32_t before = asked;
         // A lane that is at a position has read all rows before it. Rows begin at multiples of 32, so the position need not be rounded.
         ask(warp_min(position) + size);
-        // Also if nothing was asked for: an empty group costs less than to find out, and what has to land was asked for a call ago at
-        // the latest, as always.
+        // Committed even when empty, which is cheaper than a test. What is needed now was asked for in an earlier call.
         async_commit();
         async_wait<1>(); // all but what was asked for just now
         if (warp_any((int32_t) position > (int32_t) before - n_ahead)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Compressed rows to rows of a stock type: whole row groups for large batches and for decoding at load, single rows for GET_ROWS, and what
+// Compressed rows to rows of a stock type: whole row groups for large batches, single rows for GET_ROWS, and what
 // a batch through quantized rows needs beside them.
 //
 // Decoding a tile gives a lane 32 columns of its row at a time. Rows want to be written by neighbouring threads, so a warp collects 32 rows x
