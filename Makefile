@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 FUZZ_MINUTES ?= 5
 PART ?= 4/1
 
-.PHONY: help venv runtime wheels demo demo-full test test-asan test-tsan test-neon test-upstream test-soak test-archs test-wheels fuzz
+.PHONY: help venv runtime runtime-tests wheels demo demo-full test test-asan test-tsan test-neon test-upstream test-soak test-archs test-wheels fuzz
 .PHONY: bench-micro bench-e2e bench-memory bench-scale bench-starved bench-quality bench-build cuda-objects gpu-pack gpu-run lint clean
 
 help: ## this list
@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 runtime: $(STAMP) ## build (or take from the cache) and install the patched llama.cpp
 	$(BIN)/entrollm runtime build
 
+runtime-tests: $(STAMP) ## the same with upstream's test programs and our own, which `test` and others need
+	$(BIN)/entrollm runtime build --tests
+
 wheels: $(STAMP) ## wheels for other x86-64 Linux machines and an index of them, in build/wheels; half an hour on two cores (docs/wheels.md)
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,wheels]'
 	$(BIN)/entrollm runtime wheel --out build/wheels
@@ -39,39 +42,39 @@ wheels: $(STAMP) ## wheels for other x86-64 Linux machines and an index of them,
 demo: runtime ## a real model compared with stock types, a question, an HTML report; files in build/demo
 	$(BIN)/entrollm demo --out build/demo
 
-demo-full: runtime ## the same with all recipes, a longer calibration and more text
+demo-full: runtime ## the same with eight recipes, a longer calibration and more text
 	$(BIN)/entrollm demo --full --out build/demo
 
-test: runtime lint ## all tests of the default tier
+test: runtime-tests lint ## all tests of the default tier
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-asan: runtime ## codec, ops and loader under AddressSanitizer and UBSan; a quarter of the damaged files, with PART=1/1 all of them
+test-asan: runtime-tests ## codec, ops and loader under AddressSanitizer and UBSan; a quarter of the damaged files, with PART=1/1 all of them
 	PART=$(PART) bash tests/sanitizers/run.sh $(BIN) address
 
-test-tsan: runtime ## ops with several threads, under ThreadSanitizer
+test-tsan: runtime-tests ## ops with several threads, under ThreadSanitizer
 	bash tests/sanitizers/run.sh $(BIN) thread
 
-test-neon: runtime ## codec and CPU ops for aarch64 at every kernel level, neon first, cross-compiled, under qemu-user
+test-neon: runtime-tests ## codec and CPU ops for aarch64 at every kernel level, neon first, cross-compiled, under qemu-user
 	$(BIN)/python tests/neon/run.py
 
-test-upstream: runtime ## all of upstream's test-backend-ops on the CPU; a quarter of an hour, so no part of `test` and CI; build/test-upstream.log
+test-upstream: runtime-tests ## all of upstream's test-backend-ops on the CPU; a quarter of an hour, so no part of `test` and CI; build/test-upstream.log
 	@mkdir -p build
 	@$$($(BIN)/python -c 'from entrollm_gguf import runtime; print(runtime.tool("test-backend-ops"))') test -b CPU > build/test-upstream.log; \
 	    code=$$?; grep -a "FAIL" build/test-upstream.log; tail -n 3 build/test-upstream.log; exit $$code
 
-test-wheels: runtime wheels ## those wheels in an environment of their own, without compiler: every tool, every CPU variant that runs here
+test-wheels: runtime-tests wheels ## those wheels in an environment of their own, without compiler: every tool, every CPU variant that runs here
 	ENTROLLM_WHEELS=build/wheels $(BIN)/python -m pytest -n 0 tests/cross/test_wheels.py
 
-fuzz: runtime ## damaged files and random codes with fresh seeds for FUZZ_MINUTES (5), under AddressSanitizer and UBSan
+fuzz: runtime-tests ## damaged files and random codes with fresh seeds for FUZZ_MINUTES (5), under AddressSanitizer and UBSan
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_MINUTES)
 
-test-soak: runtime ## conversions interrupted at random, and a server under eight unruly streams for SOAK_MINUTES (5) in each mode
+test-soak: runtime-tests ## conversions interrupted at random, and a server under eight unruly streams for SOAK_MINUTES (5) in each mode
 	$(BIN)/python -m pytest -q -s tests/soak/interrupts.py tests/soak/server.py
 
-test-archs: runtime ## every architecture that upstream's own test can make, hostile files and converted ones in both modes; a quarter of an hour
+test-archs: runtime-tests ## every architecture that upstream's own test can make, hostile files and converted ones in both modes; a quarter of an hour
 	$(BIN)/python -m pytest -q -s tests/soak/architectures.py
 
-bench-micro: runtime ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
+bench-micro: runtime-tests ## decoding and matrix products of the CPU kernels beside stock types; build/bench/kernels.json
 	@mkdir -p build/bench
 	$(BIN)/python bench/kernels.py build/bench/kernels.json
 
@@ -99,11 +102,11 @@ bench-build: $(STAMP) ## build time of the runtime beside a stock llama-cpp-pyth
 	@mkdir -p build/bench
 	$(BIN)/python bench/build_time.py build/bench/build-time.json
 
-cuda-objects: runtime ## CUDA sources compiled for all architectures, instructions counted, kernels run on the CPU; needs nvcc, no GPU
+cuda-objects: runtime-tests ## CUDA sources compiled for all architectures, instructions counted, kernels run on the CPU; needs nvcc, no GPU
 	$(BIN)/python bench/gpu/objects.py build/bench/cuda-instructions.json
 	$(BIN)/python -m pytest tests/cuda
 
-gpu-pack: runtime ## what travels to a machine with a GPU, in one file; with GPU_ARCH=90 the programs for sm_90, built here
+gpu-pack: runtime-tests ## what travels to a machine with a GPU, in one file; with GPU_ARCH=90 the programs for sm_90, built here
 	$(BIN)/python bench/gpu/pack.py $(GPU_PACK) $(if $(GPU_ARCH),--arch $(GPU_ARCH))
 
 gpu-run: ## on that machine, with nothing but nvcc, cmake and Python: build, check and measure; call again until it says 0 to do (docs/cuda.md)

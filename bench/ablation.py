@@ -20,7 +20,7 @@ import quality
 from provenance import provenance
 
 from entrollm_gguf.convert import budget, pipeline, rate
-from entrollm_gguf.convert.rate import Calibration
+from entrollm_gguf.convert.basis import Calibration
 from entrollm_gguf.eval.perplexity import ReferenceLogits
 
 CHUNKS = 8

@@ -35,8 +35,8 @@ from pathlib import Path
 from provenance import provenance
 
 from entrollm_gguf import runtime
+from entrollm_gguf.convert.basis import Calibration
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.convert.recipes import RECIPES as RECIPES_BY_NAME
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 from entrollm_gguf.eval.perplexity import ReferenceLogits

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "convert_model": "entrollm_gguf.convert.pipeline",
     "plan_model": "entrollm_gguf.convert.pipeline",
-    "Calibration": "entrollm_gguf.convert.rate",
+    "Calibration": "entrollm_gguf.convert.basis",
     "decode_file": "entrollm_gguf.inspect.decode",
     "inspect_file": "entrollm_gguf.inspect.report",
     "plot_file": "entrollm_gguf.inspect.plot",

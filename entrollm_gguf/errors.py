@@ -32,7 +32,7 @@ class TextError(EntroLLMError):
 
 
 class ConversionError(EntroLLMError):
-    """A model cannot be converted or a file not be written."""
+    """A model cannot be converted, or a file cannot be written."""
 
 
 class UnsupportedModelError(ConversionError):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // The entropy kernels by themselves on a GPU: right first, then fast. Built in a minute with nvcc and the C codec; nothing of llama.cpp's CUDA
-// backend is needed.
+// backend is needed. One file, since it is one program that travels.
 //
 //     harness check            every shape class against the CPU: weights bit-exact, products within a bound; two matrices in a launch, experts
 //     harness small            a few small cases, for compute-sanitizer

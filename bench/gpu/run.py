@@ -3,6 +3,8 @@
 """Builds, checks and measures the CUDA path on a machine with a GPU. Runs there, on Python alone:
 no packages, no network.
 
+One file, since it travels to that machine alone.
+
     python3 run.py PACK --out FOLDER [--work FOLDER] [--budget SECONDS] [--stage N] [--skip STEP...]
 
 PACK is what bench/gpu/pack.py made; this file is in it. Needed on PATH: nvcc, cmake, ninja (or

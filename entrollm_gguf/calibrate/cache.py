@@ -56,7 +56,7 @@ def locked(folder: Path, n_sequences: int, progress: Progress | None) -> Iterato
             lock.acquire(timeout=0)
         except Timeout:
             if progress:
-                progress(0, n_sequences, "waiting for another calibration of the model (sequences)")
+                progress(0, n_sequences, "waiting for another calibration of the model", "sequences")
             lock.acquire()
     except OSError as error:
         raise cannot_keep(folder, error) from error
@@ -110,8 +110,8 @@ def read_complete(folder: Path, what: str) -> Gathered:
 
 
 def load_complete(folder: Path, what: str) -> Gathered | None:
-    """Complete statistics, or None. In that case no mark remains that would call the folder
-    complete."""
+    """Complete statistics, or None. If they are not complete, the folder's mark of completeness is
+    removed."""
     try:
         return read_complete(folder, what)
     except DAMAGE:

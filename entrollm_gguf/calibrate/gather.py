@@ -64,10 +64,9 @@ def gather(
 ) -> Gathered:
     """Run a text through a Hugging Face model.
 
-    The model runs in the first that has room of: GPU in f32, GPU in bf16, CPU in f32, CPU in bf16.
-    So the memory that is free at the moment decides the precision. The cache keeps the statistics
-    of each precision apart, and those that are there are taken before any are gathered in a lower
-    one.
+    Tried in this order: GPU in f32, GPU in bf16, CPU in f32, CPU in bf16. The first with enough
+    free memory runs the model, so free memory decides the precision. Statistics are cached for
+    each; cached ones of a higher precision are used before new ones of a lower are gathered.
 
     Args:
         model_dir: model folder; transformers must know the architecture.
@@ -174,7 +173,7 @@ def _gather_into(
                 with explained(model_dir):
                     run.feed(sequence[None], generator)
                 if progress:
-                    progress(number * len(tokens) + i + 1, (number + len(groups)) * len(tokens), "calibrating (sequences)")
+                    progress(number * len(tokens) + i + 1, (number + len(groups)) * len(tokens), "calibrating", "sequences")
         for site in groups[0]:
             with explained(model_dir):
                 hessian = run.hessian(site)

@@ -52,8 +52,7 @@ def find_sites(model, layers: dict[str, Any], tokens) -> dict[str, str | None]:
     # experts that no token of this sequence reached, if others of their kind were found
     kinds = {_kind(name) for name in found}
     found |= {name: name for name in layers if name not in found and _kind(name) in kinds}
-    # a tied embedding is the output's matrix as well, and it is as the output that its inputs
-    # matter
+    # a tied embedding is also the output's matrix, and only there does it have inputs that matter
     found[embedding_name(model)] = found.get(_tied_head(model) or "")
     return found
 

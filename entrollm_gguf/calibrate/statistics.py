@@ -15,9 +15,9 @@ class TensorStatistics:
     """Of one tensor. Each array has an entry for each matrix of a stack (experts)."""
 
     columns: np.ndarray  # f32 (n_slabs, n_cols): mean of x^2 over the tokens that reached the slab; zeros if none did
-    rows: np.ndarray | None = (
-        None  # f32 (n_slabs, n_rows): mean of (dL/dy)^2 over all tokens, L the log-probability of a token; see gather.py
-    )
+    # f32 (n_slabs, n_rows): mean of (dL/dy)^2 over all tokens, L the log-probability of a token
+    # (gather.py)
+    rows: np.ndarray | None = None
     hessians: tuple[Path | None, ...] | None = None  # f32 (n_cols, n_cols) in .npy, for each slab: mean of x x^T; not all None
 
     def hessian(self, slab: int) -> np.ndarray | None:

@@ -45,7 +45,7 @@ def own_text(model, tokenizer, n_sequences: int, length: int, seed: int, model_d
     made: list[np.ndarray] = []
     while (done := sum(map(len, made))) < n_sequences:
         if progress:
-            progress(done, n_sequences, "writing text (sequences)")
+            progress(done, n_sequences, "writing text", "sequences")
         with explained(model_dir), torch.inference_mode():
             batch = torch.full((min(16, n_sequences - done), 1), begin, device=model.device)
             out = model.generate(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Python binding of the C codec in ggml-base: integer codes to entropy-coded slabs and back, for
-EQ8 and EQ4.
+EQ8, EQ4 and EBF16.
 
-The bits are specified in docs/format.md and known to ggml-entropy.c alone. Added here are numpy in
-and out, threads over row groups, 3-D tensors (experts), and errors as exceptions. `encode` makes a
-payload; `Payload` opens one.
+The bits are specified in docs/format.md and known to ggml-entropy.c alone. This package adds numpy
+arrays, threads over row groups, 3-D tensors (experts) and exceptions. `encode` makes a payload;
+`Payload` opens one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from entrollm_gguf.codec.code import Code, CodePlan, CodeUsage, count_codes, entropy_bits, expected_size, plan_code
 from entrollm_gguf.codec.encoder import Encoded, encode
+from entrollm_gguf.codec.lanes import check_tile_cols
 from entrollm_gguf.codec.payload import Payload, SlabHeader, read_header
 from entrollm_gguf.codec.shared import F16_OVERFLOW, GROUP_ROWS, HEADER_SIZE, MIN_COLS, SLAB_ALIGN, CodecError, EntropyType, largest_weights
 
@@ -32,6 +33,7 @@ __all__ = [
     "EntropyType",
     "Payload",
     "SlabHeader",
+    "check_tile_cols",
     "code_parameters",
     "code_usage",
     "count_codes",
@@ -81,7 +83,7 @@ def verify(
 
 
 def decode(kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], name: str = "tensor", threads: int | None = None) -> np.ndarray:
-    """`Payload.codes`. name is for messages, here and below.
+    """`Payload.codes`. name is used in messages only, as in the functions that follow.
 
     >>> codes = np.arange(-16, 16, dtype=np.int8).reshape(1, 32)
     >>> payload = encode(EntropyType.EQ8, codes, np.ones(1, np.float16)).payload

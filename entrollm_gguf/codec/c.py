@@ -189,6 +189,7 @@ _FUNCTIONS = {
     "tail_of": ([_i32], ctypes.POINTER(Tail)),
     "check_header": ([_i32, _ptr, _ptr, _ptr], _i32),
     "plain_type": ([_ptr], _i32),
+    "fits_f16": ([_ptr], ctypes.c_bool),
     "validate": ([_i32, _ptr, _ptr, _size], _i32),
     "open": ([_ptr, _size, _ptr], _i32),
     "seed": ([ctypes.c_char_p, _i64], _u64),

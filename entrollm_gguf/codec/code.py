@@ -29,7 +29,7 @@ def count_codes(kind: EntropyType, codes: np.ndarray, threads: int | None = None
     """Histogram of the codes of a matrix, or of all matrices of a stack together.
 
     Args:
-        kind: EQ8 or EQ4.
+        kind: of the tensor; its range of codes is checked.
         codes: int8, shape (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
     Returns:
         uint64, shape (256,); code q is counted at q + 128.
@@ -229,8 +229,8 @@ def plan_code(counts: np.ndarray) -> CodePlan:
 
 
 def expected_size(shape: tuple[int, ...], coded_bits: float, fill_bits: float) -> int:
-    """Bytes in a file, to a few hundred, of a tensor whose codes take coded_bits, with a scale for
-    each row and no offsets (docs/format.md 5).
+    """Size of a tensor in the file, right to a few hundred bytes, if its codes take coded_bits. It
+    has a scale for each row and no offsets (docs/format.md 5).
 
     Args:
         shape: (n_rows, n_cols) or (n_slabs, n_rows, n_cols).

@@ -56,6 +56,20 @@ def measure_lanes(kind: EntropyType, codes: np.ndarray, plan: c.LanesPlan, tile_
     return Lanes(plan, words, max(most.value for most in longest))
 
 
+def check_tile_cols(tile_cols: int) -> None:
+    """Check that tiles of the device layout can have that width (docs/format.md 8.1).
+
+    Raises:
+        CodecError: they cannot.
+
+    >>> check_tile_cols(100)
+    Traceback (most recent call last):
+    entrollm_gguf.codec.shared.CodecError: tile_cols 100: must be a multiple of 32 from 32 to 1024
+    """
+    if tile_cols % MIN_COLS or not MIN_COLS <= tile_cols <= MAX_TILE_COLS:
+        raise CodecError(f"tile_cols {tile_cols}: must be a multiple of {MIN_COLS} from {MIN_COLS} to {MAX_TILE_COLS}")
+
+
 def plan_device_layout(stack: np.ndarray, specs: list[c.Spec], tile_cols: int | None, n_threads: int) -> None:
     """Fill in tile_cols and device_size of all slabs: the widest tiles that keep each lane within
     255 words, and the longest slab. EBF16 has no device layout: its device_size stays 0.
@@ -66,9 +80,11 @@ def plan_device_layout(stack: np.ndarray, specs: list[c.Spec], tile_cols: int | 
     lib = c.library()
     kind = EntropyType(specs[0].type)
     _, n_rows, n_cols = stack.shape
-    width = lib.ggml_entropy_lanes_default_tile_cols(n_rows, n_cols) if tile_cols is None else tile_cols
-    if width % MIN_COLS or not MIN_COLS <= width <= MAX_TILE_COLS:
-        raise CodecError(f"tile_cols {width}: must be a multiple of {MIN_COLS} from {MIN_COLS} to {MAX_TILE_COLS}")
+    if tile_cols is None:
+        width = lib.ggml_entropy_lanes_default_tile_cols(n_rows, n_cols)
+    else:
+        check_tile_cols(tile_cols)
+        width = tile_cols
     if not kind.is_quantized:
         for spec in specs:
             spec.tile_cols = width

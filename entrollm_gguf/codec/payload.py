@@ -14,7 +14,6 @@ from entrollm_gguf.codec import c
 from entrollm_gguf.codec.code import Code, code_of, count_codes
 from entrollm_gguf.codec.lanes import lanes_plan, measure_lanes
 from entrollm_gguf.codec.shared import (
-    F16_OVERFLOW,
     GROUP_ROWS,
     HEADER_SIZE,
     LANES,
@@ -152,8 +151,8 @@ class Payload:
         """
         if self.header.plain_type != "F16":  # the others hold scale and offset themselves
             return
-        largest = largest_weights(*self.scales_and_offsets()).max()
-        if not largest < F16_OVERFLOW:
+        if not all(c.library().ggml_entropy_fits_f16(ctypes.byref(view)) for view in self._views):
+            largest = largest_weights(*self.scales_and_offsets()).max()
             raise FormatError(
                 f"{self.label}: has weights up to {largest:.6g}, which would be infinite as F16; "
                 "run it in fused mode (GGML_ENTROPY_MODE=fused), or convert the model again"

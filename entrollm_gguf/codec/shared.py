@@ -42,6 +42,12 @@ class EntropyType(enum.IntEnum):
         return (-8, 7) if self is EntropyType.EQ4 else (-128, 127)
 
     @property
+    def top(self) -> int:
+        """Largest code. The smallest of a symmetric grid is its negative, and a grid with an offset
+        has 2 * top + 1 steps."""
+        return self.code_range[1]
+
+    @property
     def is_quantized(self) -> bool:
         """Whether a weight is a code with a scale; if not, it is a bf16, bit by bit."""
         return self is not EntropyType.EBF16

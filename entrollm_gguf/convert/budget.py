@@ -156,9 +156,9 @@ def find_target(survey: Survey, *, bits: float | None = None, size: int | None =
     Args:
         bits: per weight of all tensors.
         size: bytes of the whole file.
-        rate: bits per entropy-coded weight, of a recipe. What is not coded takes nothing from it.
-            Small matrices, whose headers and scales weigh much, are not made to pay for them with
-            more than a bit per weight.
+        rate: bits per entropy-coded weight, of a recipe. Tensors that are not coded do not
+            count. Where headers and scales of small matrices weigh much, codes get at most one bit
+            less than the rate.
     Raises:
         ConversionError: bits or size are less than the coarsest step gives.
     """

@@ -138,7 +138,7 @@ def convert(
         raise click.UsageError("give --calibration or --imatrix, not both")
     known = None
     if calibration is not None or imatrix is not None:
-        from entrollm_gguf.convert.rate import Calibration
+        from entrollm_gguf.convert.basis import Calibration
 
         own = calibration == "self"
         text = None if own or calibration is None else Path(calibration)
@@ -151,13 +151,10 @@ def convert(
         warnings.showwarning = _show_warning
         task = bar.add_task("reading", total=None)
 
-        def on_progress(done: int, total: int, name: str) -> None:
-            if name.endswith("(sequences)"):  # calibration counts them, not weights
-                bar.update(task, completed=done, total=total, description=name)
-                return
+        def on_progress(done: int, total: int, name: str, unit: str) -> None:
             # tied or fused tensors can make the sum differ from the checkpoint's
-            million = 1_000_000
-            bar.update(task, completed=done // million, total=max(total, done) // million, description=f"{name} (M weights)")
+            scale, prefix = (1_000_000, "M ") if unit == "weights" else (1, "")
+            bar.update(task, completed=done // scale, total=max(total, done) // scale, description=f"{name} ({prefix}{unit})")
 
         if dry_run or out_file is None:
             plan = pipeline.plan_model(

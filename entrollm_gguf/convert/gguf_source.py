@@ -95,8 +95,7 @@ class GgufSource:
     @property
     def quantized_bytes(self) -> int | None:
         """Bytes of all tensors where matrices were quantized before; None if none were."""
-        floats = ("F32", "F16", "BF16")
-        if all(one.type_name in floats for one in self._entries if self._is_matrix(one)):
+        if all(one.type_name in _FLOATS for one in self._entries if self._is_matrix(one)):
             return None
         return sum(one.n_bytes for one in self._entries)
 

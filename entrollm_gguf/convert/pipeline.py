@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,21 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from entrollm_gguf.codec import EntropyType
+from entrollm_gguf.codec import CodecError, EntropyType, check_tile_cols
+from entrollm_gguf.convert.basis import Calibration, prepare
 from entrollm_gguf.convert.budget import FINEST, Survey, Target, corrected, find_target, step_for
 from entrollm_gguf.convert.encode import TensorRecord
 from entrollm_gguf.convert.fold import Folding
-from entrollm_gguf.convert.llama_cpp import Integers, Output, evaluate
-from entrollm_gguf.convert.rate import Calibration, metadata, prepare, survey_model, treatments
+from entrollm_gguf.convert.llama_cpp import Integers, Output
+from entrollm_gguf.convert.metadata import metadata
 from entrollm_gguf.convert.recipes import DEFAULT_FOR_INTEGERS, DEFAULT_RECIPE, RATE, Recipe, find_recipe
 from entrollm_gguf.convert.source import Source, check_source, open_source
-from entrollm_gguf.convert.tensor import Fate, Treatment, chunked_record, code_tensor, decide, leave_tensor
-from entrollm_gguf.convert.window import window
+from entrollm_gguf.convert.survey import survey_model, treatments
+from entrollm_gguf.convert.tensor import Treatment, code_tensor, leave_tensor
+from entrollm_gguf.convert.walk import Fate, Task, walk
 from entrollm_gguf.errors import ConversionError, ConversionWarning
 from entrollm_gguf.gguf_io.output import SpillFile, StreamedTensor, atomic_output, check_output
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.progress import Progress
 from entrollm_gguf.quant import QUANTIZERS
+from entrollm_gguf.quant.step import step_scheme
 
 # Conversions until a size is met: the first step comes from histograms and is right to some tenths
 # of a percent.
@@ -173,7 +175,7 @@ def convert_model(
         def encode(treat: Callable[[str], Treatment]) -> _Encoded:
             return _encode_all(source, temporary.parent, treat, basis.folding, threads, tile_cols, progress)
 
-        if chosen.quantizer == RATE.quantizer:
+        if chosen.by_rate:
             survey = survey_model(source, basis, threads=threads, progress=progress)
             target = find_target(survey, bits=bits, size=size, rate=rate)
             encoded = _encode_to_size(lambda step: encode(treatments(survey, basis, step)), survey, target, step_for(survey, target))
@@ -216,7 +218,7 @@ def plan_model(
     check_source(model)
     source = open_source(model)
     chosen, rate = _choose(recipe, bits, size, calibration, source)
-    if chosen.quantizer != RATE.quantizer:
+    if not chosen.by_rate:
         raise ConversionError(
             f"{chosen.name} has a fixed grid, whose size is known when it is converted; plans are for bits, size and recipes with bits"
         )
@@ -226,7 +228,7 @@ def plan_model(
     step = step_for(survey, find_target(survey, bits=bits, size=size, rate=rate))
     steps = {name: step * survey.factor(name) for name in survey.profiles}
     planned = [
-        TensorRecord(name, RATE.kind.name, one.shape, one.n_bytes(steps[name]), f"step-{steps[name]:.4f}")
+        TensorRecord(name, RATE.kind.name, one.shape, one.n_bytes(steps[name]), step_scheme(steps[name]))
         for name, one in survey.profiles.items()
     ]
     planned += survey.kept.values()
@@ -258,8 +260,11 @@ def _choose(
 def _check_arguments(recipe: str | None, bits: float | None, size: int | None, tile_cols: int | None) -> None:
     if recipe is not None:
         find_recipe(recipe)
-    if tile_cols is not None and (tile_cols % 32 or not 32 <= tile_cols <= 1024):
-        raise ConversionError(f"tile_cols {tile_cols}: must be a multiple of 32 from 32 to 1024")
+    if tile_cols is not None:
+        try:
+            check_tile_cols(tile_cols)
+        except CodecError as error:
+            raise ConversionError(str(error)) from error
     if bits is not None and size is not None:
         raise ConversionError("give bits or size, not both")
     if bits is not None and not 1 <= bits <= 8:
@@ -346,44 +351,25 @@ def _spill_all(
     tile_cols: int | None,
     progress: Progress | None,
 ) -> list[_Part]:
-    total = source.n_elements()
+    total, n_done = source.n_elements(), 0
     parts: list[_Part] = []
-
-    def done(finished: tuple[np.ndarray, TensorRecord, int]) -> None:
-        payload, record, ggml_type = finished
-        at, size = spill.append(memoryview(payload).cast("B"))
-        parts.append(_Part(record, ggml_type, at, size))
-        if progress:
-            progress(sum(p.record.n_elements for p in parts), total, record.name)
-
     measure = source.quantized_bytes is not None
-    with window(threads) as jobs:
 
-        def handle(name: str, data: Any, raw_dtype: int | None) -> None:
-            decision = decide(name, data, raw_dtype)
-            if decision.fate is Fate.IN_CHUNKS:
-                jobs.drain()
-                parts.append(_write_chunked(name, data, raw_dtype, spill))
-                return
-            room = math.prod(data.shape)
-            treatment = treat(name)
-            if decision.fate is Fate.CODED:
-                room += treatment.workspace
-                work = functools.partial(
-                    code_tensor, name, evaluate(data), treatment, folding, jobs.threads_for(room), tile_cols, measure=measure
-                )
-            else:
-                work = functools.partial(
-                    leave_tensor, name, evaluate(data), raw_dtype, decision, folding, jobs.threads_for(room), exact=treatment.exact
-                )
-            jobs.put(room, work, done)
+    def finish(task: Task) -> tuple[Any, TensorRecord, int]:
+        treatment = treat(task.name)
+        if task.decision.fate is Fate.CODED:
+            return code_tensor(task, treatment, folding, tile_cols, measure=measure)
+        return leave_tensor(task, folding, exact=treatment.exact)
 
-        source.each_tensor(handle)
+    def done(finished: tuple[Any, TensorRecord, int]) -> None:
+        nonlocal n_done
+        payload, record, ggml_type = finished
+        in_memory = isinstance(payload, np.ndarray)
+        at, size = spill.append(memoryview(payload).cast("B")) if in_memory else spill.append_from(payload.tofile, payload.nbytes)
+        parts.append(_Part(record, ggml_type, at, size))
+        n_done += record.n_elements
+        if progress:
+            progress(n_done, total, record.name, "weights")
+
+    walk(source, threads, finish, done, workspace=lambda name: treat(name).workspace)
     return parts
-
-
-def _write_chunked(name: str, data: Any, raw_dtype: int, spill: SpillFile) -> _Part:
-    """A table larger than memory (gguf.LazyChunkedTensor) goes to the spill chunk by chunk, in the
-    type upstream chose."""
-    at, size = spill.append_from(data.tofile, data.nbytes)
-    return _Part(chunked_record(name, data, raw_dtype), raw_dtype, at, size)

@@ -20,11 +20,12 @@ class Recipe:
 
     name: str
     kind: EntropyType
-    quantizer: str  # key of entrollm_gguf.quant.QUANTIZERS, or "step" for steps by rate
+    quantizer: str  # as the file's metadata has it; key of entrollm_gguf.quant.QUANTIZERS unless by_rate
     summary: str  # one line for --help
-    bits: float | None = None  # per entropy-coded weight, for steps by rate
+    bits: float | None = None  # per entropy-coded weight, where by_rate
     calibrated_bits: float | None = None  # the same with calibration by a text; None means `bits`
     exact: bool = False  # no weight changes by a bit
+    by_rate: bool = False  # a step is chosen for a size, and there is no fixed grid
 
     def bits_for(self, calibrated: bool) -> float | None:
         """Bits per entropy-coded weight that a conversion aims at, None for recipes with a fixed
@@ -35,9 +36,17 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("EQ8", EntropyType.EQ8, "step", "close to Q8_0 in quality: 7.25 bits per weight, 6.25 with calibration", 7.25, 6.25),
+        Recipe(
+            "EQ8",
+            EntropyType.EQ8,
+            "step",
+            "close to Q8_0 in quality: 7.25 bits per weight, 6.25 with calibration",
+            7.25,
+            6.25,
+            by_rate=True,
+        ),
         *(
-            Recipe(f"EQ8-{bits}", EntropyType.EQ8, "step", f"{bits} bits per weight; {hint}", bits)
+            Recipe(f"EQ8-{bits}", EntropyType.EQ8, "step", f"{bits} bits per weight; {hint}", bits, by_rate=True)
             for bits, hint in (
                 (6.0, "better with calibration"),
                 (5.0, "better with calibration"),
@@ -61,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 #: What --bits and --size make; it has no fixed step, so it is not among the names.
-RATE = Recipe("EQ8-rate", EntropyType.EQ8, "step", "a step chosen for the size that is wanted")
+RATE = Recipe("EQ8-rate", EntropyType.EQ8, "step", "a step chosen for the size that is wanted", by_rate=True)
 
 DEFAULT_RECIPE = "EQ8"
 DEFAULT_FOR_INTEGERS = "EQ8-kept"  # checkpoints whose weights are integers with a scale for each row

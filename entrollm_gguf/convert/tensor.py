@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.convert.eligibility import can_be_q8_0, reason_to_keep
+from entrollm_gguf.convert.eligibility import can_be_q8_0
 from entrollm_gguf.convert.encode import TensorRecord, Unquantizable, encode_tensor
 from entrollm_gguf.convert.fold import Folding
+from entrollm_gguf.convert.walk import Fate, Task
 from entrollm_gguf.errors import ConversionError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import Quantizer
@@ -30,92 +30,46 @@ class Treatment:
     exact: bool = False  # weights that cannot be coded stay as they are, to the bit
 
 
-class Fate(Enum):
-    """What becomes of a tensor."""
-
-    CODED = "entropy-coded, if its weights allow it"
-    KEPT = "would be quantized by llama.cpp, and goes to a stock type"
-    AS_IS = "in its final type already"
-    IN_CHUNKS = "larger than memory, and written piece by piece in the type upstream chose"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a tensor, by its name, shape and type."""
-
-    fate: Fate
-    reason: str = ""  # for KEPT
-
-
-def decide(name: str, data: Any, raw_dtype: int | None) -> Decision:
-    """Decide what becomes of a tensor; nothing else does.
-
-    Args:
-        data, raw_dtype: as the source hands them over (`SourceModel.each_tensor`); no weights are
-            read.
-    """
-    gguf = import_gguf()
-    if isinstance(data, gguf.LazyChunkedTensor):
-        return Decision(Fate.IN_CHUNKS)
-    if raw_dtype != gguf.GGMLQuantizationType.BF16 or data.dtype == np.uint8:
-        return Decision(Fate.AS_IS)
-    reason = reason_to_keep(name, tuple(data.shape))
-    return Decision(Fate.CODED) if reason is None else Decision(Fate.KEPT, reason)
-
-
 def code_tensor(
-    name: str,
-    weights: np.ndarray,
-    treatment: Treatment,
-    folding: Folding,
-    threads: int,
-    tile_cols: int | None,
-    *,
-    measure: bool = False,
+    task: Task, treatment: Treatment, folding: Folding, tile_cols: int | None, *, measure: bool = False
 ) -> tuple[np.ndarray, TensorRecord, int]:
     """Final bytes, record and ggml type of a tensor that is to be entropy-coded; in a stock type
     where its weights do not allow it.
 
     Args:
-        weights: f16 or f32.
+        task: its data is f16 or f32.
         folding: factors that are applied first.
         measure: tell the error in the record.
     Raises:
         ConversionError: NaN or infinite weights.
     """
-    weights = folding.apply(name, weights)
+    weights = folding.apply(task.name, task.data)
     try:
         payload, record = encode_tensor(
-            name, weights, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=threads, measure=measure
+            task.name, weights, treatment.kind, treatment.quantizer, tile_cols=tile_cols, threads=task.threads, measure=measure
         )
     except Unquantizable as error:
-        return keep(name, weights, str(error), threads, exact=treatment.exact)
+        return keep(task.name, weights, str(error), task.threads, exact=treatment.exact)
     return payload, record, import_gguf().GGMLQuantizationType[record.type_name]
 
 
-def leave_tensor(
-    name: str,
-    data: np.ndarray,
-    raw_dtype: int | None,
-    decision: Decision,
-    folding: Folding,
-    threads: int,
-    *,
-    exact: bool = False,
-) -> tuple[np.ndarray, TensorRecord, int]:
-    """The same for a tensor that is kept, or that comes in its final type.
+def leave_tensor(task: Task, folding: Folding, *, exact: bool = False) -> tuple[Any, TensorRecord, int]:
+    """The same for a tensor that is not to be coded. One that is larger than memory stays what it
+    is (gguf.LazyChunkedTensor).
 
     Args:
-        data, raw_dtype: as for `decide`, evaluated.
         exact: as for `keep`.
     Raises:
         ConversionError: NaN weights, or infinite ones where there may be none.
     """
+    if task.decision.fate is Fate.IN_CHUNKS:
+        return task.data, _chunked_record(task.name, task.data, task.raw_dtype), task.raw_dtype
+    data = task.data
     if data.dtype in (np.float16, np.float32):
-        data = folding.apply(name, data)
-    if decision.fate is Fate.KEPT:
-        return keep(name, data, decision.reason, threads, exact=exact)
-    return _as_is(name, data, raw_dtype)
+        data = folding.apply(task.name, data)
+    if task.decision.fate is Fate.KEPT:
+        return keep(task.name, data, task.decision.reason, task.threads, exact=exact)
+    return _as_is(task.name, data, task.raw_dtype)
 
 
 def _as_is(name: str, data: np.ndarray, raw_dtype: int | None) -> tuple[np.ndarray, TensorRecord, int]:
@@ -176,22 +130,26 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1, *, e
             break
     else:
         ggml_type, kept, n_lost = types.F32, rows.astype(np.float32, copy=False), 0
-    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, f"kept: {reason}", coarse_rows=n_lost, kept=reason)
+    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, kept_scheme(reason), coarse_rows=n_lost, kept=reason)
     return kept.reshape(-1).view(np.uint8), record, ggml_type
 
 
-def chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
-    """The record of a table larger than memory (gguf.LazyChunkedTensor), which is written as
-    upstream has it."""
+def kept_scheme(reason: str) -> str:
+    """What a file's metadata says of a matrix that is not coded."""
+    return f"kept: {reason}"
+
+
+def _chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
     gguf = import_gguf()
     shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
     reason = "read in chunks"
-    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, f"kept: {reason}", kept=reason)
+    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, kept_scheme(reason), kept=reason)
 
 
-# Share of its energy that a row may lose. Q8_0: half a step of 1/127 of a block's largest weight
-# for each of 32 weights, if that weight stands alone, and a little for the scale, which is no more
-# than it loses anyway. F16: as much as BF16 would, 2^-9 of each weight.
+# Share of its energy that a row may lose. Q8_0 rounds by half a step at most, and a step is 1/127
+# of the block's largest weight. Where the rest of the block is nearly zero, 32 such errors are
+# 32 / 4 / 127^2 of the energy; a tenth more is for rounding the scale. F16: as much as BF16 would,
+# 2^-9 of each weight.
 _LOST_AT_MOST = {"Q8_0": 32 / 4 / 127**2 * 1.1, "BF16": 0.0, "F16": 2.0**-18}
 
 

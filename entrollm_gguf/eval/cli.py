@@ -118,7 +118,7 @@ def perplexity(
 @click.option(
     "--out", default="build/demo", show_default=True, type=click.Path(path_type=Path), help="Folder for models, results.json, report.html."
 )
-@click.option("--full", is_flag=True, help="Every recipe, a long calibration, more chunks: takes three times as long.")
+@click.option("--full", is_flag=True, help="Eight recipes, a long calibration, more chunks: takes several times as long.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text for perplexity; Python's language reference by default.")
 @click.option("--chunks", type=click.IntRange(min=2), help="Chunks of 512 tokens to score; 4 by default, 16 with --full.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")

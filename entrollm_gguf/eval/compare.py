@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from entrollm_gguf.eval.bench import Speed, measure_speed
 from entrollm_gguf.eval.perplexity import DEFAULT_CONTEXT, PerplexityResult, ReferenceLogits, measure_perplexity
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.inspect.report import FileReport, TensorReport
-
-Say = Callable[[str], None]
+from entrollm_gguf.progress import Say
 
 MEMORY_NOTE = (
     "memory: the weights alone, by the types they have while the model runs. Entropy-coded files run in one of two modes: load decodes them "

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrollm_gguf import runtime
+from entrollm_gguf.convert.basis import Calibration
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.convert.recipes import DEFAULT_RECIPE
 from entrollm_gguf.errors import ToolError
 from entrollm_gguf.eval.chat import Chat
-from entrollm_gguf.eval.compare import Row, Say, compare, environment
+from entrollm_gguf.eval.compare import Row, compare, environment
 from entrollm_gguf.eval.demo_model import build_hf_folder, english_text, fetch_gguf
 from entrollm_gguf.eval.report import write_report
 from entrollm_gguf.eval.tools import run_tool
 from entrollm_gguf.inspect.report import inspect_file
+from entrollm_gguf.progress import Say
 
 # The unquantized model is sure of every token of its answer: 0.78 is the smallest probability. With
 # a less certain answer, a rounding error would decide.
@@ -47,9 +48,9 @@ class Extent:
     speed_rounds: int
 
 
-# What users choose between, and EntroLLM's own.
+# The recipes that users choose between, and the paper's.
 SHORT = Extent(("EQ8", "EQ8-4.5", "EQ8-paper", "EQ4-paper"), chunks=4, sequences=6, speed_rounds=1)
-# EntroLLM's own, the same grids with a scale for each row, and steps by rate.
+# The paper's, the same grids with a scale for each row, and steps by rate.
 FULL = Extent(
     ("EQ8-paper", "EQ8-mixed", "EQ8-rows", "EQ4-paper", "EQ4-mixed", "EQ4-rows", "EQ8", "EQ8-4.5"),
     chunks=16, sequences=40, speed_rounds=2,
@@ -77,8 +78,8 @@ def run_demo(
 
     Args:
         out: folder, made if missing. A model folder that an earlier run left there is used again.
-        full: every recipe, a calibration as long as `entrollm convert` makes it, and twice as much
-            of everything that is measured.
+        full: eight recipes, a calibration as long as `entrollm convert` makes it, four times the
+            text and two rounds of speed.
         text: text for perplexity; Python's language reference if None.
         chunks: chunks of 512 tokens that are scored; 4 if None, 16 of a full demo.
     Raises:

@@ -159,10 +159,10 @@ def _open_one(path: Path) -> gguf.GGUFReader:
         raise FormatError(f"{path}: no such file")
     try:
         reader = gguf.GGUFReader(path, "r")
+    except gguf.entropy.OldVersionError as error:
+        raise FormatError(f"{path}: {error}") from error
     except Exception as error:  # the reader indexes into a memory map: a hostile file can raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        if reason.endswith("convert the model again"):  # a file of an older format: whole, and of no use
-            raise FormatError(f"{path}: {reason}") from error
         raise FormatError(f"{path}: not a complete GGUF file ({reason}); download or convert it again") from error
     if reader.endianess == gguf.GGUFEndian.BIG and any(t.tensor_type.name in EntropyType.__members__ for t in reader.tensors):
         raise FormatError(f"{path}: big-endian files cannot hold entropy-coded tensors; convert the model on this machine")

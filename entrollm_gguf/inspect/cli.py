@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,14 +16,15 @@ from rich.table import Table
 
 from entrollm_gguf.console import output_console, printable
 from entrollm_gguf.errors import FormatError
+from entrollm_gguf.progress import Progress as OnProgress
 
 
 @contextlib.contextmanager
-def _bytes_bar(disable: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+def _bytes_bar(disable: bool = False) -> Iterator[OnProgress]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=disable) as bar:
         task = bar.add_task("reading", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=printable(name))
+        yield lambda done, total, name, unit: bar.update(task, completed=done, total=total, description=printable(name))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -117,9 +118,9 @@ def inspect(
 def verify(file: Path, threads: int | None) -> None:
     """Check that a GGUF is whole and that every entropy-coded tensor is intact.
 
-    Checks the file's length, of each entropy-coded tensor the structure, the hash, which takes in
-    the tensor's name, and that every group of rows holds exactly its codes, and that llama.cpp
-    loads the file. Stock tensors carry no checksum. Exit code 0 if all is well.
+    Checks the file's length; for each entropy-coded tensor its structure, its hash (which covers
+    the tensor's name) and every group of rows; and that llama.cpp loads the file. Stock tensors
+    carry no checksum. Exit code 0 if all is well.
     """
     from entrollm_gguf.inspect.verify import verify_file
 
@@ -141,7 +142,7 @@ def decode(in_file: Path, out_file: Path, force: bool, threads: int | None) -> N
     """Turn an entropy-coded GGUF into a plain one for stock llama.cpp.
 
     EQ8 becomes Q8_0 (exact) or, where the grid has an offset, F16; EQ4 becomes Q4_0 or Q4_1 (both
-    exact).
+    exact); EBF16 becomes BF16 (exact).
     """
     from entrollm_gguf.inspect.decode import decode_file
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""An entropy-coded file back to a plain GGUF that stock llama.cpp runs: the same integer codes in
-the stock type that holds them."""
+"""An entropy-coded file back to a plain GGUF that stock llama.cpp runs: its weights in the stock
+types that hold them best."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class _Written:
     def add(self, entry: TensorEntry) -> None:
         self.done += entry.n_bytes
         if self._progress:
-            self._progress(self.done, self._total, entry.name)
+            self._progress(self.done, self._total, entry.name, "bytes")
 
 
 def _plain_type(model: ModelFile, entry: TensorEntry) -> str:

@@ -75,7 +75,7 @@ def inspect_file(path: str | Path, *, threads: int | None = None, progress: Prog
         reports.append(_inspect_tensor(model, entry, schemes.get(entry.name), threads))
         done += entry.n_bytes
         if progress:
-            progress(done, total, entry.name)
+            progress(done, total, entry.name, "bytes")
 
     coded = [(e, r) for e, r in zip(entries, reports) if r.entropy is not None]
     n_weights = sum(e.n_elements for e in entries)

@@ -51,7 +51,7 @@ def verify_file(path: str | Path, *, threads: int | None = None, progress: Progr
             problems += _check_coded(entry, threads)
         done += entry.n_bytes
         if progress:
-            progress(done, total, entry.name)
+            progress(done, total, entry.name, "bytes")
     if not problems:
         is_model = model.text("general.type") not in _NO_MODELS and model.text("general.architecture") != "clip"
         # the parts of a model are loaded with the first one; parts of anything else are files of

@@ -50,24 +50,21 @@ class Quantized:
 Quantizer = Callable[[np.ndarray, EntropyType, int | None], Quantized]
 
 
-def n_bits(kind: EntropyType) -> int:
-    """Width of a code before entropy coding."""
-    return 8 if kind is EntropyType.EQ8 else 4
+def f16_not_below(x: np.ndarray | float) -> np.ndarray:
+    """The smallest f16 >= x >= 0, element by element, so that a grid with this step still covers
+    its range.
 
-
-def f16_not_below(x: float) -> np.float16:
-    """The smallest f16 >= x > 0, so that a grid with this step still covers its range.
-
+    Args:
+        x: f32 or f64, any shape.
     Raises:
-        QuantizeError: x exceeds the largest f16.
+        QuantizeError: an element exceeds the largest f16.
     """
     with np.errstate(over="ignore"):
-        value = np.float16(x)
-    if np.float64(value) < x:
-        value = np.nextafter(value, np.float16(np.inf))
-    if not np.isfinite(value):
+        value = np.asarray(x).astype(np.float16)
+        value = np.where(value.astype(np.float64) < x, np.nextafter(value, np.float16(np.inf)), value)
+    if not np.isfinite(value).all():
         raise QuantizeError("the weights are too large for an f16 scale")
-    return value
+    return value[()]
 
 
 def f16_not_above(x: float) -> np.float16:
@@ -86,8 +83,8 @@ def f16_not_above(x: float) -> np.float16:
 
 
 def count_coarse(wanted: np.ndarray, stored: np.ndarray) -> int:
-    """Count rows whose error comes mostly from rounding to f16, which then costs more than a step
-    of the wanted width by itself.
+    """Count rows for which rounding the step to f16 adds more error than the wanted step makes by
+    itself.
 
     A step s makes a mean square error of s^2 / 12, so rounding costs more than that once the stored
     step is wider by the square root of 2.

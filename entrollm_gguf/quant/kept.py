@@ -19,7 +19,6 @@ _FACTORS = range(1, 9)  # the smallest magnitude of a row, in scales
 # distance from an integer; codes times scales are rounded to f32, so that quotients are off by
 # 2^-22 of a code at most
 _TOLERANCE = 1e-3
-_LOWEST, _HIGHEST = {EntropyType.EQ4: -8, EntropyType.EQ8: -128}, {EntropyType.EQ4: 7, EntropyType.EQ8: 127}
 
 
 def quantize_kept(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
@@ -52,7 +51,8 @@ def quantize_kept(weights: np.ndarray, kind: EntropyType, threads: int | None = 
     error = float(np.abs(scales[used] / exact[used] - 1).max()) if used.any() else 0.0
     if not error <= 2.0**-11:  # subnormal or infinite
         return quantize_rows(weights, kind, threads)
-    four_bits = _LOWEST[EntropyType.EQ4] <= int(codes.min()) and int(codes.max()) <= _HIGHEST[EntropyType.EQ4]
+    lowest, highest = EntropyType.EQ4.code_range
+    four_bits = lowest <= int(codes.min()) and int(codes.max()) <= highest
     n_slabs = weights.shape[0] if weights.ndim == 3 else 1
     return Quantized(
         codes.reshape(weights.shape),
@@ -96,6 +96,7 @@ def _codes_of_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     magnitudes = np.abs(x)
     smallest = np.where(magnitudes > 0, magnitudes, np.inf).min(axis=1).astype(np.float64)
     codes = np.zeros(x.shape, np.int8)
+    lowest, highest = EntropyType.EQ8.code_range
     todo = np.flatnonzero(np.isfinite(smallest))
     for factor in _FACTORS:
         if not todo.size:
@@ -104,7 +105,7 @@ def _codes_of_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         nearest = np.rint(quotients)
         with np.errstate(invalid="ignore"):
             fits = (np.abs(quotients - nearest) < _TOLERANCE).all(axis=1)
-        fits &= (nearest.min(axis=1) >= _LOWEST[EntropyType.EQ8]) & (nearest.max(axis=1) <= _HIGHEST[EntropyType.EQ8])
+        fits &= (nearest.min(axis=1) >= lowest) & (nearest.max(axis=1) <= highest)
         codes[todo[fits]] = nearest[fits].astype(np.int8)
         todo = todo[~fits]
     if todo.size:

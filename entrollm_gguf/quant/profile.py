@@ -10,13 +10,13 @@ import numpy as np
 
 from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.step import check_peaks, row_peaks, row_rms, top_code
+from entrollm_gguf.quant.step import check_peaks, row_peaks, row_rms
 
 # A step is rarely below 0.03 rms, which is eight bins; counts between bin edges are interpolated.
 _BINS_PER_RMS = 256
-# Rows are divided into classes by their largest weight in rms, since it widens their step. A class
-# reaches to the next of these numbers, the last one to 40; what lies beyond is counted in the last
-# bins.
+# A row's largest weight can widen its step, so rows are sorted into classes by it. Class i has the
+# rows whose largest weight is below _PEAKS[i] rms; its histogram covers -_RANGES[i] .. _RANGES[i]
+# rms, and the last bins count what lies beyond.
 _PEAKS = np.array([3.5, 4, 4.5, 5, 6, 7, 8.5, 10.5, 13, 17, 24, 40, np.inf])
 _RANGES = np.minimum(np.ceil(_PEAKS), 40).astype(np.int64)
 
@@ -58,7 +58,7 @@ class Profile:
     def code_counts(self, step: float) -> np.ndarray:
         """Expected counts of the codes of EQ8, u64 (256,), index q + 128, if `quantize_step` runs
         with this step."""
-        top = top_code(EntropyType.EQ8)
+        top = EntropyType.EQ8.top
         counts = np.zeros(256)
         counts[128 - top : 128 + top + 1] = sum(one.code_counts(step, top) for one in self.classes)
         return np.rint(counts).astype(np.uint64)
@@ -120,7 +120,7 @@ def profile(weights: np.ndarray, row_factors: np.ndarray | None = None) -> Profi
             counts[i] += np.bincount(bins.reshape(-1), minlength=n_bins)
             peaks[i] += peak[of_row == i].sum()
             rows[i] += np.count_nonzero(of_row == i)
-    check_peaks(largest, top_code(EntropyType.EQ8))
+    check_peaks(largest, EntropyType.EQ8.top)
     cumulated = [np.concatenate([[0.0], np.cumsum(one)]) for one in counts]
     classes = (RowClass(cumulated[i], int(_RANGES[i]), float(peaks[i] / rows[i])) for i in np.flatnonzero(rows))
     return Profile(tuple(weights.shape), tuple(classes))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Beyond the paper: signed codes around zero with a scale for each row, exact as Q8_0 or Q4_0
-(design: symmetric grids need no offset)."""
+"""Beyond the paper: signed codes around zero with a scale for each row, exact as Q8_0 or Q4_0;
+symmetric grids need no offset."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, count_coarse, map_chunks, n_bits
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, count_coarse, f16_not_below, map_chunks
 
 
 def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = None) -> Quantized:
@@ -26,7 +26,7 @@ def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = 
     >>> quantized.codes[:, :4].tolist(), quantized.scales.tolist()
     ([[7, -3, 2, 0], [7, 0, 0, 1]], [[0.07147216796875, 1.0]])
     """
-    top = (1 << (n_bits(kind) - 1)) - 1
+    top = kind.top
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
     codes = np.empty(flat.shape, np.int8)
@@ -39,7 +39,7 @@ def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = 
         if not np.isfinite(largest).all():
             raise NotFiniteError("a weight is NaN or infinite")
         wanted[s] = largest
-        scales[s] = scale = _f16_not_below(largest)
+        scales[s] = scale = f16_not_below(largest)
         # a row of zeros has scale 0 and codes 0
         x /= np.where(scale > 0, scale, 1).astype(np.float32)[:, None]
         np.rint(x, out=x)
@@ -49,12 +49,3 @@ def quantize_rows(weights: np.ndarray, kind: EntropyType, threads: int | None = 
     n_coarse = count_coarse(wanted, scales)
     n_slabs = weights.shape[0] if weights.ndim == 3 else 1
     return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, "symmetric-rows", n_coarse)
-
-
-def _f16_not_below(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        value = x.astype(np.float16)
-    value = np.where(value.astype(np.float32) < x, np.nextafter(value, np.float16(np.inf)), value)
-    if not np.isfinite(value).all():
-        raise QuantizeError("the weights are too large for an f16 scale")
-    return value

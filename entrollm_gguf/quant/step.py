@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from entrollm_gguf.codec import EntropyType
-from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, count_coarse, map_chunks, n_bits
+from entrollm_gguf.quant.base import NotFiniteError, Quantized, QuantizeError, count_coarse, map_chunks
 from entrollm_gguf.quant.feedback import fitted_scales, round_with_feedback
 
 _SMALLEST_NORMAL, _SMALLEST, _LARGEST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(65504)  # of f16
@@ -47,7 +47,7 @@ def quantize_step(
     >>> fine.codes[0, :4].tolist(), coarse.codes[0, :4].tolist(), coarse.scheme
     ([12, -15, -4, -8], [2, -3, -1, -2], 'step-0.5000')
     """
-    top = top_code(kind)
+    top = kind.top
     n_cols = weights.shape[-1]
     flat = weights.reshape(-1, n_cols)
     n_slabs = weights.shape[0] if weights.ndim == 3 else 1
@@ -91,13 +91,13 @@ def quantize_step(
         scales = scales.astype(np.float16)
     if not np.isfinite(scales).all():
         raise QuantizeError("the weights are too large for an f16 scale")
-    scheme = f"step-{step:.4f}" + ("" if row_factors is None else "-rows") + ("" if hessian is None else "-feedback")
+    scheme = step_scheme(step, rows=row_factors is not None, feedback=hessian is not None)
     return Quantized(codes.reshape(weights.shape), scales.reshape(n_slabs, -1), None, scheme, n_coarse)
 
 
-def top_code(kind: EntropyType) -> int:
-    """The largest code; the smallest is its negative."""
-    return (1 << (n_bits(kind) - 1)) - 1
+def step_scheme(step: float, *, rows: bool = False, feedback: bool = False) -> str:
+    """What a file's metadata says of a tensor quantized by `quantize_step`."""
+    return f"step-{step:.4f}" + ("-rows" if rows else "") + ("-feedback" if feedback else "")
 
 
 def row_steps(x: np.ndarray, peaks: np.ndarray, step: float, top: int, factors: np.ndarray | float = 1.0) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from entrollm_gguf.codec import F16_OVERFLOW, EntropyType, largest_weights
-from entrollm_gguf.quant.base import Quantized, QuantizeError, apply_grid, count_coarse, f16_not_above, f16_not_below, n_bits
+from entrollm_gguf.quant.base import Quantized, QuantizeError, apply_grid, count_coarse, f16_not_above, f16_not_below
 
 
 def _one(value: float, dtype: type) -> np.ndarray:
@@ -73,8 +73,7 @@ def quantize_asymmetric(weights: np.ndarray, kind: EntropyType, low: float, high
         QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes
             to.
     """
-    levels = (1 << n_bits(kind)) - 1
-    half = (levels + 1) // 2
+    levels, half = 2 * kind.top + 1, kind.top + 1
     # Q4_1 stores the minimum as f16 (docs/format.md 6.1): round it first, and measure the step from
     # there
     minimum = _exact_minimum(low, high, levels) if kind is EntropyType.EQ4 else float(np.float32(low))
@@ -99,8 +98,7 @@ def quantize_symmetric_unsigned(weights: np.ndarray, kind: EntropyType, low: flo
     """
     if low * high < 0:
         raise ValueError("a symmetric unsigned grid needs weights of one sign")
-    levels = (1 << n_bits(kind)) - 1
-    half = (levels + 1) // 2
+    levels, half = 2 * kind.top + 1, kind.top + 1
     extreme = max(abs(low), abs(high))
     size = f16_not_below(extreme / levels) if extreme > 0 else np.float16(0)
     scale = np.float16(-size) if high <= 0 else size
@@ -118,7 +116,7 @@ def quantize_symmetric(weights: np.ndarray, kind: EntropyType, low: float, high:
         QuantizeError: the range does not fit f16 scales, or the stock type that the grid decodes
             to.
     """
-    top = (1 << (n_bits(kind) - 1)) - 1
+    top = kind.top
     extreme = max(abs(low), abs(high))
     scale = f16_not_below(extreme / top) if extreme > 0 else np.float16(0)
     count_coarse(_one(extreme / top, np.float64), _one(scale, np.float64))

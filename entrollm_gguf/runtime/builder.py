@@ -20,21 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from entrollm_gguf.errors import BuildError
+from entrollm_gguf.progress import Say
 from entrollm_gguf.runtime import install as installer
 from entrollm_gguf.runtime import tree, wheels
 from entrollm_gguf.runtime.fetch import fetch_sdist
 from entrollm_gguf.runtime.locate import RuntimeInfo, info
 from entrollm_gguf.runtime.paths import cache_folder, patches_folder
 from entrollm_gguf.runtime.pin import Pin, read_pin
-
-Say = Callable[[str], None]
 
 _CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -57,12 +56,12 @@ _CMAKE_OPTIONS = {
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_CURL": "OFF",
 }
+_UNITY = Path("cmake", "entropy-unity.cmake")  # in the tree; from the overlay
 _PORTABLE = {
     "GGML_NATIVE": "OFF",
     "GGML_BACKEND_DL": "ON",  # every backend is a library of its own, loaded where it can run
-    "GGML_CPU_ALL_VARIANTS": "ON",  # the CPU's as often as upstream knows processors, the best one chosen at run time
-    # its runtime is on no list of manylinux, and a second one would come into processes that import
-    # PyTorch
+    "GGML_CPU_ALL_VARIANTS": "ON",  # one CPU library for each kind of processor that upstream knows; the best is chosen at run time
+    # OpenMP's library is not among those that manylinux allows, and PyTorch brings one of its own
     "GGML_OPENMP": "OFF",
 }
 # where CUDA's libraries lie if pip installed them, seen from llama_cpp/lib: CUDA 13's packages,
@@ -78,6 +77,7 @@ class BuildOptions:
     cuda_arch: str = "native"  # as CMAKE_CUDA_ARCHITECTURES takes it, e.g. "90" or "75;89"
     sanitize: str = ""  # "address" (AddressSanitizer and UBSan) or "thread" (ThreadSanitizer); never installed
     portable: bool = False  # for other machines of this kind, whatever their processor; packed, not installed
+    tests: bool = False  # with upstream's test programs and the overlay's; portable builds always have them
     cmake: tuple[tuple[str, str], ...] = ()  # more cache variables, and others in place of ours
 
     def cmake_options(self) -> dict[str, str]:
@@ -106,6 +106,11 @@ class BuildOptions:
             options |= {f"{half}_SANITIZE_{check}": "ON" for check in checks for half in ("GGML", "LLAMA")}
         return options | dict(self.cmake)
 
+    @property
+    def has_tests(self) -> bool:
+        """Whether upstream's test programs and the overlay's are built."""
+        return self.tests or self.portable or bool(self.sanitize)
+
     def targets(self) -> list[str]:
         """cmake targets, without the tests of the overlay."""
         if self.sanitize:
@@ -113,8 +118,8 @@ class BuildOptions:
         return ["llama", "mtmd", *self.programs()]
 
     def programs(self) -> list[str]:
-        """Tools and upstream's tests that go into the wheel."""
-        programs = [*wheels.TOOLS.values(), *wheels.TESTS]
+        """Tools, and upstream's tests if they are wanted, that go into the wheel."""
+        programs = [*wheels.TOOLS.values(), *(wheels.TESTS if self.has_tests else ())]
         return [name for name in programs if not (self.portable and name in wheels.LINKED_TO_CPU)]
 
 
@@ -122,6 +127,7 @@ def build(
     options: BuildOptions | None = None, *, jobs: int | None = None, force: bool = False, say: Say = lambda line: None
 ) -> RuntimeInfo | Path:
     """Build the patched llama.cpp, unless the cache has it, and install it into this environment.
+    One with test programs serves those who ask for none.
 
     Args:
         jobs: parallel compilations; None for all cores.
@@ -137,11 +143,18 @@ def build(
     options = options or BuildOptions()
     pin, patches = read_pin(), patches_folder()
     toolchain = require_tools(options)
-    digest = runtime_hash(pin, patches, options, toolchain)
-    finished = cache_folder() / "runtime" / digest
+
+    def entry(options: BuildOptions) -> tuple[str, Path]:
+        digest = runtime_hash(pin, patches, options, toolchain)
+        return digest, cache_folder() / "runtime" / digest
+
+    digest, finished = entry(options)
     finished.parent.mkdir(parents=True, exist_ok=True)
     key = _work_key(options, toolchain)
     with _lock(key, say):
+        with_tests = entry(replace(options, tests=True))
+        if not force and _is_finished(with_tests[1], options):
+            digest, finished = with_tests
         if force or not _is_finished(finished, options):
             shutil.rmtree(finished, ignore_errors=True)
             _build_into(finished, digest, pin, patches, options, toolchain, cache_folder() / "work" / key, jobs, say)
@@ -303,7 +316,8 @@ def _build_into(
         if options.sanitize:
             shutil.copytree(output, packed / "bin", dirs_exist_ok=True)
         else:
-            programs = sorted({*options.programs(), *(p.name for p in _overlay_tests(output))})
+            overlay_tests = (path.name for path in _overlay_tests(output)) if options.has_tests else ()
+            programs = sorted({*options.programs(), *overlay_tests})
             manifest = {
                 "hash": digest,
                 "version": pin.version,
@@ -339,6 +353,7 @@ def _compile(work: Path, options: BuildOptions, jobs: int, say: Say) -> Path:
     assert cmake is not None  # require_tools
     ninja = find_program("ninja")
     definitions = [f"-D{key}={value}" for key, value in options.cmake_options().items()]
+    definitions.append(f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={work / 'tree' / tree.LLAMA_CPP / _UNITY}")
     configure = [cmake, "-S", str(work / "tree" / tree.LLAMA_CPP), "-B", str(build_folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     log.unlink(missing_ok=True)
     say("configuring")
@@ -346,7 +361,7 @@ def _compile(work: Path, options: BuildOptions, jobs: int, say: Say) -> Path:
     available = subprocess.run([cmake, "--build", str(build_folder), "--target", "help"], capture_output=True, text=True).stdout
     # threads share work in ggml's ops; the other tests need all of llama.cpp
     wanted = r"test-entropy-ops" if options.sanitize == "thread" else r"test-entropy-[\w-]+"
-    overlay_tests = sorted(set(re.findall(rf"^({wanted}):", available, re.MULTILINE)))
+    overlay_tests = sorted(set(re.findall(rf"^({wanted}):", available, re.MULTILINE))) if options.has_tests else []
     say(f"compiling with {jobs} jobs (log: {log})")
     _run([cmake, "--build", str(build_folder), "-j", str(jobs), "--target", *options.targets(), *overlay_tests], log)
     return build_folder / "bin"

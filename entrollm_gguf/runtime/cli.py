@@ -36,14 +36,15 @@ def runtime() -> None:
     type=click.Choice(["address", "thread"]),
     help="For developers: with AddressSanitizer and UBSan, or with ThreadSanitizer; its folder is printed, nothing is installed.",
 )
-def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | None) -> None:
+@click.option("--tests", is_flag=True, help="For developers: with upstream's test programs and our own.")
+def build(cuda: bool, cuda_arch: str, jobs: int, force: bool, sanitize: str | None, tests: bool) -> None:
     """Build the patched llama.cpp and install it into this environment.
 
     Takes the pinned source of llama-cpp-python (downloaded once), adds the entropy-coded types,
     builds once, and installs the packages llama_cpp and gguf and llama.cpp's tools. The result is
     cached: a second call, or another clone of the same state, takes seconds.
     """
-    options = BuildOptions(cuda=cuda, cuda_arch=cuda_arch, sanitize=sanitize or "")
+    options = BuildOptions(cuda=cuda, cuda_arch=cuda_arch, sanitize=sanitize or "", tests=tests)
     result = api.build(options, jobs=jobs, force=force, say=lambda line: click.echo(line, err=True))
     if isinstance(result, Path):
         click.echo(result)
@@ -94,7 +95,10 @@ def info(as_json: bool) -> None:
     """Tell what is installed, and whether it matches the patches of this checkout."""
     installed = api.info()
     options = BuildOptions(
-        cuda=installed.cuda, **({"cuda_arch": installed.cuda_arch} if installed.cuda else {}), portable=installed.portable
+        cuda=installed.cuda,
+        **({"cuda_arch": installed.cuda_arch} if installed.cuda else {}),
+        portable=installed.portable,
+        tests=any(name.startswith("test-") for name in installed.programs),
     )
     try:
         matches = runtime_hash(read_pin(), patches_folder(), options, require_tools(options)) == installed.hash

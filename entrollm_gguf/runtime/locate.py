@@ -66,7 +66,8 @@ def tool(name: str) -> Path:
     """
     path = _package_folder() / "bin" / TOOLS.get(name, name)
     if not path.is_file():
-        raise RuntimeMissingError(f"the installed runtime has no {name}; {_REMEDY}")
+        remedy = "run `entrollm runtime build --tests`" if name.startswith("test-") else _REMEDY
+        raise RuntimeMissingError(f"the installed runtime has no {name}; {remedy}")
     return path
 
 

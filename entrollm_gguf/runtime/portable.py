@@ -13,10 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from entrollm_gguf.errors import BuildError
+from entrollm_gguf.progress import Say
 from entrollm_gguf.runtime import builder, index
 from entrollm_gguf.runtime.builder import BuildOptions, find_program
 
@@ -27,7 +27,7 @@ _CUDA_LIBRARIES = ("libcuda.so.*", "libcudart.so.*", "libcublas.so.*", "libcubla
 
 
 def make_wheels(
-    out: Path, options: BuildOptions, *, jobs: int | None = None, force: bool = False, say: Callable[[str], None] = lambda line: None
+    out: Path, options: BuildOptions, *, jobs: int | None = None, force: bool = False, say: Say = lambda line: None
 ) -> list[Path]:
     """Build what `options` ask for, which are portable, and write the wheels with their index into
     a folder, in place of earlier ones.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Statistics of tiny models: compared with autograd and numpy, under GGUF names, from the cache,
-and what is said where there are none."""
+and what is said where there are none. One file, since all tests share models and their caches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from entrollm_gguf.calibrate import gather, read_imatrix
 from entrollm_gguf.calibrate.cache import Gathered, ModuleStatistics
 from entrollm_gguf.calibrate.model import CONTEXT, checkpoint_shapes
 from entrollm_gguf.cli import main
+from entrollm_gguf.convert.basis import Calibration
 from entrollm_gguf.convert.calibrated import to_gguf
 from entrollm_gguf.convert.llama_cpp import SourceModel, evaluate
 from entrollm_gguf.convert.pipeline import convert_model
-from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.errors import ConversionError, FormatError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import open_model
@@ -278,7 +278,7 @@ def test_source_tells_what_was_read(tiny_model, text):
     before, threads, text_of_3 = torch.get_num_threads(), set(), text.with_name("three.txt")
     text_of_3.write_text(text.read_text(encoding="utf-8")[:3000], encoding="utf-8")
 
-    def on_progress(done, total, what):
+    def on_progress(done, total, what, unit):
         threads.add(torch.get_num_threads())
 
     found = gather(tiny_model("llama").folder, text_of_3, threads=3, progress=on_progress)
@@ -295,15 +295,15 @@ def test_own_text_cache_and_resumption(tiny_model, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
-    def stop_later(done, total, what):
-        runs.append(what)
+    def stop_later(done, total, what, unit):
+        runs.append((what, unit))
         if what.startswith("calibrating") and done > total // 2:
             raise Stopped
 
     with pytest.raises(Stopped):
         gather(folder, None, n_sequences=2, seed=5, threads=1, progress=stop_later)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("hessian-*.npy")}
-    assert "hessian-model.layers.0.self_attn.q_proj.npy" in kept and "writing text (sequences)" in runs
+    assert "hessian-model.layers.0.self_attn.q_proj.npy" in kept and ("writing text", "sequences") in runs
     broken = next((tmp_path / "cache").rglob(sorted(kept)[-1]))
     broken.write_bytes(broken.read_bytes()[:-4])  # as if the machine had stopped, too
     del kept[broken.name]

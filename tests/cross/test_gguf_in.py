@@ -16,8 +16,8 @@ from models import ARCHITECTURES
 
 from entrollm_gguf import runtime
 from entrollm_gguf.cli import main
+from entrollm_gguf.convert.basis import Calibration
 from entrollm_gguf.convert.pipeline import convert_model, plan_model
-from entrollm_gguf.convert.rate import Calibration
 from entrollm_gguf.errors import ConversionError, ConversionWarning, FormatError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import open_model

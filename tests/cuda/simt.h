@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// A GPU block on the CPU, slow and suspicious: every thread is a fiber that runs until it must wait for its warp or block. It runs the
-// kernels of ggml-cuda/entropy/ as they are (entropy-device.cuh says what they may use), and stops at
+// A GPU block on the CPU, slow and suspicious: every thread is a fiber that runs until it must wait for its warp or block. One header, since
+// fibers, checked memory and intrinsics know each other. It runs the kernels of ggml-cuda/entropy/ as they are (entropy-device.cuh says what they may use), and stops at
 // - an access outside of the shared memory of the block or of the global memory the test has named,
 // - a misaligned access,
 // - threads of a warp that meet in different operations, or at different numbers of them (a deadlock on a GPU).

@@ -3,7 +3,7 @@
 with the codec.
 
 Section numbers are the document's. This is the plane layout, which stands in files; lanes.py beside
-it reads the device layout.
+it reads the device layout. One file, to be read beside the document from top to bottom.
 """
 
 from __future__ import annotations

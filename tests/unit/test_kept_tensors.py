@@ -11,7 +11,8 @@ from entrollm_gguf import codec
 from entrollm_gguf.codec import EntropyType
 from entrollm_gguf.convert.eligibility import reason_to_keep
 from entrollm_gguf.convert.fold import Folding
-from entrollm_gguf.convert.tensor import Fate, Treatment, code_tensor, decide, keep, leave_tensor
+from entrollm_gguf.convert.tensor import Treatment, code_tensor, keep, leave_tensor
+from entrollm_gguf.convert.walk import Fate, Task, decide
 from entrollm_gguf.errors import ConversionError, FormatError
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.quant import quantize_rows
@@ -106,11 +107,11 @@ def test_what_the_converter_makes_of_it(rng):
     weights = rng.normal(0, 0.02, (64, 96)).astype(np.float32)
     made = {}
     for name, data in ((EMBEDDING, weights), ("blk.0.ffn_down.weight", weights * np.float32(1e-7)), ("blk.1.ffn_down.weight", weights)):
-        decision = decide(name, data, types.BF16)
-        if decision.fate is Fate.CODED:
-            _, made[name], _ = code_tensor(name, data, treatment, Folding(), 1, None)
+        task = Task(name, data, types.BF16, decide(name, data, types.BF16), 1)
+        if task.decision.fate is Fate.CODED:
+            _, made[name], _ = code_tensor(task, treatment, Folding(), None)
         else:
-            _, made[name], _ = leave_tensor(name, data, types.BF16, decision, Folding(), 1)
+            _, made[name], _ = leave_tensor(task, Folding())
     assert [(one.type_name, one.scheme) for one in made.values()][::2] == [
         ("Q8_0", "kept: read row by row from disk"),
         ("EQ8", "symmetric-rows"),

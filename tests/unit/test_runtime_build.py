@@ -58,6 +58,7 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     assert digest(patches) in seen
     seen.add(digest(patches, BuildOptions(cuda=True)))
     seen.add(digest(patches, BuildOptions(cuda=True, cuda_arch="90")))
+    seen.add(digest(patches, BuildOptions(tests=True)))
     seen.add(digest(patches, BuildOptions(sanitize="address")))
     seen.add(digest(patches, BuildOptions(portable=True)))
     seen.add(digest(patches, BuildOptions(portable=True, cmake=(("GGML_LLAMAFILE", "OFF"),))))
@@ -73,7 +74,7 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     seen.add(digest(patches))
     (patches / "series" / "0020-more.patch").write_text("")
     seen.add(digest(patches))
-    assert len(seen) == 14
+    assert len(seen) == 15
 
 
 def test_assemble(patches, source, tmp_path):
@@ -276,6 +277,19 @@ def test_a_second_build_takes_the_first(fake_build):
     builder.build()
     builder.build()
     assert fake_build == ["built", "installed 2", "installed 2"]
+
+
+def test_test_programs_are_built_when_they_are_asked_for(fake_build):
+    """And a runtime with them serves those who do not ask."""
+    builder.build()
+    builder.build(BuildOptions(tests=True))
+    builder.build()
+    builder.build(BuildOptions(tests=True))
+    assert fake_build == ["built", "installed 2", "built", "installed 2", "installed 2", "installed 2"]
+    lean, full = BuildOptions(), BuildOptions(tests=True)
+    assert set(full.targets()) - set(lean.targets()) == {"test-backend-ops", "test-gguf", "test-quantize-fns"}
+    with pytest.raises(RuntimeMissingError, match="no test-nothing; run `entrollm runtime build --tests`"):
+        locate.tool("test-nothing")
 
 
 @pytest.mark.parametrize("lost", ["a.whl", "complete"])

@@ -128,7 +128,7 @@ def test_nothing_of_this_processor_goes_into_a_portable_build(monkeypatch):
 
 
 def test_programs_of_a_portable_build():
-    plain, portable_ = BuildOptions(), BuildOptions(portable=True)
+    plain, portable_ = BuildOptions(tests=True), BuildOptions(portable=True)
     assert set(plain.programs()) - set(portable_.programs()) == set(wheels.LINKED_TO_CPU)
     assert set(portable_.programs()) < set(portable_.targets())
 

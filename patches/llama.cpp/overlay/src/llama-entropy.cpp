@@ -2,7 +2,8 @@
 //
 // Entropy-coded tensors in the model loader; see llama-entropy.h for the whole picture.
 //
-// Order of this file: refusals, the switch and the rule, loading. The work with the codec, by all threads, is in llama-entropy-codec.cpp.
+// Order of this file: refusals, the switch and the rule, loading. One file, since all three are members of llama_entropy and share its state.
+// The work with the codec, by all threads, is in llama-entropy-codec.cpp.
 //
 // Decoding writes into the tensor where its buffer is host memory; otherwise into a temporary and then once into the tensor, because buffers
 // that repack (CPU_REPACK) or slice (tensor parallelism) want a whole tensor in one call.

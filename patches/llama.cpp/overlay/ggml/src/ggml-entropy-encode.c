@@ -2,7 +2,8 @@
 //
 // Writing entropy-coded tensors; see ggml-entropy.h for the contract and docs/format.md 5 and 7 for the bits. Reading: ggml-entropy.c.
 //
-// Order of this file: the code (a search over all parameters), then counting, measuring and writing.
+// Order of this file: the code (a search over all parameters), then counting, measuring and writing. One file, since measuring has to count
+// exactly the bits that writing writes.
 
 #include "ggml-entropy-hash.h"
 #include "ggml-entropy-impl.h"

@@ -2,7 +2,8 @@
 //
 // The device layout of entropy-coded tensors; see ggml-entropy-lanes.h for the contract and docs/format.md 8 for the bits.
 //
-// Order of this file: layout of a slab, the code (class partition), counting, measuring and writing, reading one row.
+// Order of this file: layout of a slab, the code (class partition), counting, measuring and writing, reading one row. One file, since it is all
+// that the CPU knows of this layout.
 
 #include "ggml-entropy-lanes.h"
 #include "ggml-entropy-impl.h"

@@ -2,7 +2,8 @@
 //
 // Reading entropy-coded tensors; see ggml-entropy.h for the contract and docs/format.md for the bits. Writing: ggml-entropy-encode.c.
 //
-// Order of this file: validation, decoding, rows of other types, verification.
+// Order of this file: validation, decoding, rows of other types, verification. One file, since what is validated here is what decoding relies
+// on, and both are read together.
 //
 // One thing that surprises: the header is copied when a slab is opened, and everything is bounded by that copy. A file that is mapped can
 // change after it was validated; then weights are wrong, and nothing else is.

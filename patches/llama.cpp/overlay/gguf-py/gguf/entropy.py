@@ -26,6 +26,11 @@ import numpy.typing as npt
 
 from .constants import GGMLQuantizationType, GGUFEndian
 
+
+class OldVersionError(ValueError):
+    """A tensor of a format version that is no longer read. The file is whole."""
+
+
 # type -> kind, the number in the header
 GGML_ENTROPY_TYPES: dict[GGMLQuantizationType, int] = {
     GGMLQuantizationType.EQ8: 1,
@@ -75,7 +80,7 @@ def entropy_n_bytes(
         raise ValueError(f"Tensor {name!r}: the file ends before its data")
     magic, version, kind, slab_size, n_cols, n_rows, n_slabs, body_at, body_size, raw_bits = _HEADER.unpack_from(raw)
     if magic == _OLD_MAGIC:
-        raise ValueError(f"Tensor {name!r}: format version 1, which is no longer read: convert the model again")
+        raise OldVersionError(f"Tensor {name!r}: format version 1, which is no longer read: convert the model again")
     if magic != _MAGIC or version != _VERSION or kind != GGML_ENTROPY_TYPES[ggml_type]:
         raise ValueError(f"Tensor {name!r}: no {ggml_type.name} data of format version {_VERSION}")
     ne = [int(dim) for dim in dims] + [1] * (4 - len(dims))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Ops with entropy-coded weights on CUDA devices.
+// Ops with entropy-coded weights on CUDA devices: what the host does. The kernels are in entropy/. One file, since all ops share the rules of
+// which path a batch takes.
 //
 // MUL_MAT with up to 8 columns and MUL_MAT_ID with up to 8 tokens decode inside of the mat-vec kernel. Larger batches decode once into a buffer
 // of a stock type and go on as that: MUL_MAT into F16, by the path that F16 weights take (bit-exact weights, whatever their offsets: the model

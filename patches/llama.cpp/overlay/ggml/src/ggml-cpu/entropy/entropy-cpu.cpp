@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Ops with entropy-coded weights on the CPU; see entropy-cpu.h.
+// Ops with entropy-coded weights on the CPU; see entropy-cpu.h. One file, since all ops share scratch, views and the way over row groups.
 //
 // MUL_MAT and MUL_MAT_ID in three steps: quantize the columns of src1 to int8, as ggml does for Q8_0 weights; then threads take groups of 16
 // rows from a counter; a group is decoded 256 columns at a time into 4 KB that stay in the L1 cache, and multiplied from there with up to 512
