@@ -19,7 +19,7 @@ from unittest import mock
 import quality
 from provenance import provenance
 
-from entrollm_gguf.convert import budget, pipeline, rate
+from entrollm_gguf.convert import basis, budget, pipeline, survey
 from entrollm_gguf.convert.basis import Calibration
 from entrollm_gguf.eval.perplexity import ReferenceLogits
 
@@ -37,13 +37,13 @@ def changed(target, **values) -> Iterator[None]:
 
 def folding_with(exponent: float):
     """Use another exponent of column equalisation."""
-    plan = rate.plan_folding
-    return changed(rate, plan_folding=lambda *args, **keywords: plan(*args, exponent=exponent, **keywords))
+    plan = basis.plan_folding
+    return changed(basis, plan_folding=lambda *args, **keywords: plan(*args, exponent=exponent, **keywords))
 
 
 def without_feedback():
     """No Hessians."""
-    return changed(rate, _hessian=lambda name, basis: None)
+    return changed(survey, _hessian=lambda name, basis: None)
 
 
 def embedding_with(factor: float):

@@ -31,7 +31,7 @@ FINEST, _COARSEST = 0.02, 6.0
 # How far sensitivity is trusted, as measured (docs/quantization.md): fully between the rows of a
 # tensor, by half between tensors.
 _BETWEEN_ROWS, _BETWEEN_TENSORS = 1.0, 0.5
-_LOOKS = 12  # sizes from planned codes that are looked at, at most, before a step is chosen
+_LOOKS = 16  # sizes from planned codes that are looked at, at most, before a step is chosen
 
 _LARGEST = 8.0  # factors of rows and tensors lie within 1 / _LARGEST .. _LARGEST
 
@@ -183,18 +183,20 @@ def step_for(survey: Survey, target: Target) -> float:
     if survey.coded_bytes(target.coarsest) > target.coded_bytes:
         return target.coarsest
     # entropies lead to the neighbourhood; how much more the codes take hardly changes there, which
-    # leads closer. Where it does change, since many matrices get another code, the middle is tried.
+    # leads closer. Where it does change, since many matrices get another code or sizes hardly move,
+    # the middle is tried.
     least = functools.cache(survey.least_bytes)  # every search begins with the same steps
     fine, coarse, over = FINEST, target.coarsest, 1.0
+    same = 0  # looks in a row that found too much (above 0) or little enough (below 0)
     for _ in range(_LOOKS):
         step = _finest_step(least, target.coded_bytes / over)
-        if not fine < step < coarse:
-            step = math.sqrt(fine * coarse)
+        if abs(same) > 1 or not fine < step < coarse:
+            step, same = math.sqrt(fine * coarse), 0
         size = survey.coded_bytes(step)
         if size <= target.coded_bytes:
-            coarse = step
+            coarse, same = step, min(same, 0) - 1
         else:
-            fine = step
+            fine, same = step, max(same, 0) + 1
         if 0.9985 * target.coded_bytes <= size <= target.coded_bytes or coarse / fine < 1.0003:
             break
         over = size / least(step) / 0.9993

@@ -21,4 +21,6 @@ def import_gguf() -> ModuleType:
         raise RuntimeMissingError("the patched gguf package is not installed; run `entrollm runtime build`") from error
     if not hasattr(gguf.GGMLQuantizationType, "EQ8"):
         raise RuntimeMissingError("the installed gguf package is the stock one; run `entrollm runtime build` to replace it")
+    if not hasattr(gguf.entropy, "OldVersionError"):
+        raise RuntimeMissingError("the installed gguf package belongs to another version of this package; run `entrollm runtime build`")
     return gguf

@@ -153,7 +153,9 @@ def build(
     key = _work_key(options, toolchain)
     with _lock(key, say):
         with_tests = entry(replace(options, tests=True))
-        if not force and _is_finished(with_tests[1], options):
+        if force:  # what a later call would prefer to this build is to go as well
+            shutil.rmtree(with_tests[1], ignore_errors=True)
+        elif _is_finished(with_tests[1], options):
             digest, finished = with_tests
         if force or not _is_finished(finished, options):
             shutil.rmtree(finished, ignore_errors=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def test_every_script_begins_its_results_with_it(path):
     text = path.read_text()
     assert "from provenance import provenance" in text and re.search(r"\*\*(begun|provenance\()", text)
     assert "rev-parse" not in text and "import environment" not in text
+
+
+def test_every_script_can_be_imported():
+    """They name parts of the package that tests do not."""
+    names = [path.stem for path in sorted(BENCH.glob("*.py"))]
+    assert len(names) > 8
+    code = f"import importlib, sys; sys.path.insert(0, {str(BENCH)!r}); [importlib.import_module(name) for name in {names}]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_what_it_says(monkeypatch):

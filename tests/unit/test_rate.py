@@ -218,6 +218,22 @@ def test_budgets_where_codes_change(rng, share):
     assert 0.995 * target < survey.coded_bytes(budget.step_for(survey, budget.Target(target, 0))) <= target
 
 
+@pytest.mark.parametrize("kind, bits", [("uniform", 4.02), ("uniform", 6.03), ("normal", 1.2), ("laplace", 1.15)])
+def test_budgets_where_sizes_hardly_move(rng, kind, bits):
+    """The entropy falls with the step and the size does not: the search must not creep up to it
+    from one side. What is possible is seen on a fine grid of steps."""
+    weights = {
+        "uniform": lambda: rng.uniform(-1, 1, (256, 1024)),
+        "normal": lambda: rng.normal(0, 1, (256, 1024)),
+        "laplace": lambda: rng.laplace(0, 1, (256, 1024)),
+    }[kind]().astype(np.float32)
+    survey = budget.Survey({"a": profile(weights)}, {}, 0)
+    limit = int(bits * weights.size / 8)
+    sizes = [survey.coded_bytes(step) for step in 0.02 * 1.01 ** np.arange(570)]
+    possible = max(size for size in sizes if size <= limit)
+    assert 0.985 * possible < survey.coded_bytes(budget.step_for(survey, budget.Target(limit, 0))) <= limit
+
+
 def test_corrections_close_in(rng):
     survey = budget.Survey({"a": profile(gaussian(rng))}, {}, 0)
     size, target = 100_000, budget.Target(100_000, 0)

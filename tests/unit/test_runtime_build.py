@@ -292,6 +292,16 @@ def test_test_programs_are_built_when_they_are_asked_for(fake_build):
         locate.tool("test-nothing")
 
 
+def test_a_forced_build_stays(fake_build):
+    """An older one with test programs does not come back."""
+    builder.build(BuildOptions(tests=True))
+    builder.build(force=True)
+    builder.build()
+    assert fake_build == ["built", "installed 2", "built", "installed 2", "installed 2"]
+    builder.build(BuildOptions(tests=True))
+    assert fake_build[-2:] == ["built", "installed 2"]
+
+
 @pytest.mark.parametrize("lost", ["a.whl", "complete"])
 def test_a_damaged_cache_entry_is_built_again(fake_build, tmp_path, lost):
     builder.build()
