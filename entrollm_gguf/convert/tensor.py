@@ -130,11 +130,11 @@ def keep(name: str, data: np.ndarray, reason: str, threads: int | None = 1, *, e
             break
     else:
         ggml_type, kept, n_lost = types.F32, rows.astype(np.float32, copy=False), 0
-    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, kept_scheme(reason), coarse_rows=n_lost, kept=reason)
+    record = TensorRecord(name, ggml_type.name, shape, kept.nbytes, _kept_scheme(reason), coarse_rows=n_lost, kept=reason)
     return kept.reshape(-1).view(np.uint8), record, ggml_type
 
 
-def kept_scheme(reason: str) -> str:
+def _kept_scheme(reason: str) -> str:
     """What a file's metadata says of a matrix that is not coded."""
     return f"kept: {reason}"
 
@@ -143,7 +143,7 @@ def _chunked_record(name: str, table: Any, ggml_type: int) -> TensorRecord:
     gguf = import_gguf()
     shape = tuple(gguf.quant_shape_from_byte_shape(table.shape, ggml_type)) if table.dtype == np.uint8 else tuple(table.shape)
     reason = "read in chunks"
-    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, kept_scheme(reason), kept=reason)
+    return TensorRecord(name, gguf.GGMLQuantizationType(ggml_type).name, shape, table.nbytes, _kept_scheme(reason), kept=reason)
 
 
 # Share of its energy that a row may lose. Q8_0 rounds by half a step at most, and a step is 1/127
