@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Plugin of QEMU (API version 1: up to QEMU 8.2) that counts executed instructions and prints how many at exit, as bench/neon_instructions.py
-// wants it. Distributions do not ship qemu-plugin.h with qemu-user, so the few functions that are used stand here.
+// Plugin of QEMU (API version 1: up to QEMU 8.2) that counts executed instructions and prints how many at exit, as
+// bench/neon_instructions.py wants it. Distributions do not ship qemu-plugin.h with qemu-user, so the few functions that are used stand
+// here.
 
 #include <inttypes.h>
 #include <stddef.h>

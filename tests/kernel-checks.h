@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// A kernel level against ref: codes bit-exact for any code and any bits, products to the rounding of float sums. Included by the programs that
-// compile a level's own source (tests/avx512, tests/neon).
+// A kernel level against ref: codes bit-exact for any code and any bits, products to the rounding of float sums. Included by the programs
+// that compile a level's own source (tests/avx512, tests/neon).
 
 #pragma once
 

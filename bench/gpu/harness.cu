@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// The entropy kernels by themselves on a GPU: right first, then fast. Built in a minute with nvcc and the C codec; nothing of llama.cpp's CUDA
-// backend is needed. One file, since it is one program that travels.
+// The entropy kernels by themselves on a GPU: right first, then fast. Built in a minute with nvcc and the C codec; nothing of llama.cpp's
+// CUDA backend is needed. One file, since it is one program that travels.
 //
-//     harness check            every shape class against the CPU: weights bit-exact, products within a bound; two matrices in a launch, experts
+//     harness check            every shape class against the CPU: weights bit-exact, products within a bound; two matrices in a launch,
+//                              experts
 //     harness small            a few small cases, for compute-sanitizer
 //     harness profile          a few products, for Nsight Compute
 //     harness table JSON       Gweights/s and GB/s of the mat-vec and of decoding rows, by shape, type, bits and tile_cols
@@ -324,7 +325,8 @@ struct operand {
     }
 };
 
-// Gate and up: two matrices of different numbers of rows in one launch. n_slots: experts of a token (MUL_MAT_ID), n columns are tokens; 0: MUL_MAT.
+// Gate and up: two matrices of different numbers of rows in one launch. n_slots: experts of a token (MUL_MAT_ID), n columns are tokens; 0:
+// MUL_MAT.
 static void check_launch(const operand & a, const operand * b, int64_t n, int64_t n_slots) {
     const int64_t n_cols = a.slabs[0].n_cols, n_experts = (int64_t) a.slabs.size();
     const int64_t n_y = n*std::max<int64_t>(n_slots, 1); // columns of results
@@ -394,7 +396,8 @@ static void check(bool small) {
                     continue;
                 }
                 for (const bool offsets : { false, true }) {
-                    check_matrix(encode(type, n_rows, n_cols, 512, make_codes(type, n_rows, n_cols, sigma, FILL_NORMAL), offsets), small ? std::vector<int64_t>{ 1, 8 } : all);
+                    check_matrix(encode(type, n_rows, n_cols, 512, make_codes(type, n_rows, n_cols, sigma, FILL_NORMAL), offsets),
+                        small ? std::vector<int64_t>{ 1, 8 } : all);
                 }
             }
         }
@@ -466,15 +469,19 @@ static void table(FILE * json) {
                         copies.emplace_back(m.payload);
                     }
                     const auto report = [&](const char * what, int64_t n_columns, int warps, double s) {
-                        fprintf(json, "%s    {\"kernel\": \"%s\", \"type\": \"%s\", \"rows\": %lld, \"cols\": %lld, \"bits\": %.3f, \"tile_cols\": %lld, \"columns\": %lld, "
-                            "\"warps\": %d, \"us\": %.2f, \"gweights_per_s\": %.1f, \"gb_per_s\": %.1f}",
-                            first ? "" : ",\n", what, type == GGML_TYPE_EQ8 ? "EQ8" : "EQ4", (long long) n_rows, (long long) n_cols, m.bits, (long long) tile_cols,
-                            (long long) n_columns, warps, s*1e6, n_rows*n_cols/s/1e9, m.payload.size()/s/1e9);
+                        const char * name = type == GGML_TYPE_EQ8 ? "EQ8" : "EQ4";
+                        const double gweights = n_rows*n_cols/s/1e9, gb = m.payload.size()/s/1e9;
+                        fprintf(json,
+                            "%s    {\"kernel\": \"%s\", \"type\": \"%s\", \"rows\": %lld, \"cols\": %lld, \"bits\": %.3f, \"tile_cols\": %lld, "
+                            "\"columns\": %lld, \"warps\": %d, \"us\": %.2f, \"gweights_per_s\": %.1f, \"gb_per_s\": %.1f}",
+                            first ? "" : ",\n", what, name, (long long) n_rows, (long long) n_cols, m.bits, (long long) tile_cols,
+                            (long long) n_columns, warps, s*1e6, gweights, gb);
                         fflush(json);
                         first = false;
-                        printf("%-8s %s %5lld x %5lld %5.2f bits, tiles of %4lld, %lld columns, %2d warps: %8.2f us %7.1f Gweights/s %7.1f GB/s\n", what,
-                            type == GGML_TYPE_EQ8 ? "EQ8" : "EQ4", (long long) n_rows, (long long) n_cols, m.bits, (long long) tile_cols, (long long) n_columns, warps,
-                            s*1e6, n_rows*n_cols/s/1e9, m.payload.size()/s/1e9);
+                        printf("%-8s %s %5lld x %5lld %5.2f bits, tiles of %4lld, %lld columns, %2d warps: "
+                            "%8.2f us %7.1f Gweights/s %7.1f GB/s\n",
+                            what, name, (long long) n_rows, (long long) n_cols, m.bits, (long long) tile_cols, (long long) n_columns, warps,
+                            s*1e6, gweights, gb);
                     };
                     const std::vector<float> x(8*n_cols, 0.5f);
                     const entropy_tuning usual = tuning;
@@ -514,7 +521,8 @@ static void table(FILE * json) {
 // A large matrix, one of many rows, a small one; one column, as while generating.
 static void profile() {
     for (const auto & [n_rows, n_cols] : { std::pair<int64_t, int64_t>{ 4096, 14336 }, { 14336, 4096 }, { 1024, 4096 } }) {
-        const matrix m = encode(GGML_TYPE_EQ8, n_rows, n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols), make_codes(GGML_TYPE_EQ8, n_rows, n_cols, 9.5, FILL_NORMAL), false, false);
+        const matrix m = encode(GGML_TYPE_EQ8, n_rows, n_cols, ggml_entropy_lanes_default_tile_cols(n_rows, n_cols),
+            make_codes(GGML_TYPE_EQ8, n_rows, n_cols, 9.5, FILL_NORMAL), false, false);
         const device_array<uint8_t> payload(m.payload);
         const vectors v(m, 1, std::vector<float>(n_cols, 0.5f));
         mat_vec(m, payload.data, v);
@@ -532,7 +540,8 @@ int main(int argc, char ** argv) {
     CHECK(cudaGetDeviceProperties(&device, 0));
     sm     = device.major*10 + device.minor;
     tuning = entropy_tuning_of(device.major*100 + device.minor*10, device.sharedMemPerBlockOptin, device.multiProcessorCount);
-    printf("%s, sm_%d%d, %d SMs, %zu KB of shared memory a block\n", device.name, device.major, device.minor, device.multiProcessorCount, device.sharedMemPerBlockOptin/1024);
+    printf("%s, sm_%d%d, %d SMs, %zu KB of shared memory a block\n", device.name, device.major, device.minor, device.multiProcessorCount,
+        device.sharedMemPerBlockOptin/1024);
     if (what == "profile") {
         profile();
         return 0;

@@ -4,8 +4,8 @@
 //
 //     kernel-table JSON [DEVICE]
 //
-// A graph multiplies as many different matrices as fill 512 MB, one after the other: one alone would stay in the L2 cache. Times are of whole
-// graphs (launches, quantizing of columns included), best of three, divided by the number of products.
+// A graph multiplies as many different matrices as fill 512 MB, one after the other: one alone would stay in the L2 cache. Times are of
+// whole graphs (launches, quantizing of columns included), best of three, divided by the number of products.
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -118,12 +118,15 @@ int main(int argc, char ** argv) {
                 coded_rows(one.type, shape.first, shape.second, one.sigma, is_host) : stock_matrix(one.type, shape.first, shape.second);
             for (const int64_t n_columns : { 1, 2, 4, 8, 64, 512, 2048 }) {
                 const double us = measure(backend, one.type, shape.first, shape.second, n_columns, data);
-                fprintf(json, "%s\n    {\"type\": \"%s\", \"rows\": %lld, \"cols\": %lld, \"columns\": %lld, \"bytes\": %zu, \"us\": %.2f, \"gweights_per_s\": %.1f, \"gb_per_s\": %.1f}",
+                fprintf(json,
+                    "%s\n    {\"type\": \"%s\", \"rows\": %lld, \"cols\": %lld, \"columns\": %lld, \"bytes\": %zu, \"us\": %.2f, "
+                    "\"gweights_per_s\": %.1f, \"gb_per_s\": %.1f}",
                     first ? "" : ",", one.name, (long long) shape.first, (long long) shape.second, (long long) n_columns, data.size(), us,
                     shape.first*shape.second/us/1e3, data.size()/us/1e3);
                 fflush(json);
                 first = false;
-                printf("%-13s %5lld x %5lld, %4lld columns: %9.2f us\n", one.name, (long long) shape.first, (long long) shape.second, (long long) n_columns, us);
+                printf("%-13s %5lld x %5lld, %4lld columns: %9.2f us\n", one.name, (long long) shape.first, (long long) shape.second,
+                    (long long) n_columns, us);
             }
         }
     }

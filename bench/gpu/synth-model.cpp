@@ -4,8 +4,9 @@
 //
 //     synth-model OUT.gguf 1B|8B Q8_0|Q6_K|Q4_0|Q4_K_M|IQ4_XS|EQ8|EQ8-4.5|EQ4
 //
-// EQ8 codes have 5.3 bits of entropy (EQ8-4.5: 4.5), EQ4 codes 3.0, about what EQ8 and EQ4 files of real models have. Q4_K_M is that recipe's mixture: Q6_K for the
-// output and half of attn_v and ffn_down. All layers share their bytes in the file's making, not in the file.
+// EQ8 codes have 5.3 bits of entropy (EQ8-4.5: 4.5), EQ4 codes 3.0, about what EQ8 and EQ4 files of real models have. Q4_K_M is that
+// recipe's mixture: Q6_K for the output and half of attn_v and ffn_down. All layers share their bytes in the file's making, not in the
+// file.
 
 #include "ggml.h"
 #include "gguf.h"

@@ -185,6 +185,7 @@ _ptr, _i32, _i64, _u64, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, c
 # name without "ggml_entropy_" -> argument types, result
 _FUNCTIONS = {
     "size_of": ([ctypes.c_char_p], _size),
+    "shape_is_valid": ([_i64, _i64, _i64], ctypes.c_bool),
     "status_str": ([_i32], ctypes.c_char_p),
     "tail_of": ([_i32], ctypes.POINTER(Tail)),
     "check_header": ([_i32, _ptr, _ptr, _ptr], _i32),
@@ -238,9 +239,21 @@ def library() -> ctypes.CDLL:
             raise other from error
         function.argtypes = argtypes
         function.restype = restype
+    lib.ggml_type_name.argtypes, lib.ggml_type_name.restype = [_i32], ctypes.c_char_p
+    lib.ggml_row_size.argtypes, lib.ggml_row_size.restype = [_i32, _i64], _size
     if any(lib.ggml_entropy_size_of(name.encode()) != ctypes.sizeof(mirror) for name, mirror in _MIRRORS.items()):
         raise other
     return lib
+
+
+def type_name(stock: int) -> str:
+    """Name of a ggml type as the gguf package spells it, e.g. Q8_0."""
+    return library().ggml_type_name(stock).decode().upper()
+
+
+def row_size(stock: int, n_cols: int) -> int:
+    """Bytes of a row of a ggml type."""
+    return library().ggml_row_size(stock, n_cols)
 
 
 def status(code: int) -> str:

@@ -82,9 +82,6 @@ class CodeUsage:
     tail: int  # raw bits and a tail that names a class
     far: int  # raw bits, a whole tail, and a byte
 
-    def __add__(self, other: CodeUsage) -> CodeUsage:
-        return CodeUsage(self.direct + other.direct, self.tail + other.tail, self.far + other.far)
-
 
 @dataclass(frozen=True)
 class Code:

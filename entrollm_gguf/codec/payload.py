@@ -30,15 +30,6 @@ from entrollm_gguf.codec.shared import (
 )
 from entrollm_gguf.errors import FormatError
 
-_PLAIN_TYPES = {1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
-_PLAIN_ROW_SIZE: dict[str, Callable[[int], int]] = {
-    "F16": lambda n: n * 2,
-    "BF16": lambda n: n * 2,
-    "Q4_0": lambda n: n // 32 * 18,
-    "Q4_1": lambda n: n // 32 * 20,
-    "Q8_0": lambda n: n // 32 * 34,
-}
-
 
 @dataclass(frozen=True)
 class SlabHeader:
@@ -76,7 +67,7 @@ def _ne(shape: tuple[int, ...]) -> ctypes.Array:
 def _slab_header(kind: EntropyType, header: c.Header) -> SlabHeader:
     return SlabHeader(
         kind, header.slab_size, header.n_cols, header.n_rows, header.n_slabs, header.tile_cols, header.device_size,
-        header.scale_mode == 1, header.offset_mode, _PLAIN_TYPES[c.library().ggml_entropy_plain_type(ctypes.byref(header))],
+        header.scale_mode == 1, header.offset_mode, c.type_name(c.library().ggml_entropy_plain_type(ctypes.byref(header))),
         code_of(header.code),
     )  # fmt: skip
 
@@ -122,7 +113,7 @@ class Payload:
     """
 
     def __init__(self, kind: EntropyType, data: np.ndarray, shape: tuple[int, ...], name: str = "", *, label: str | None = None) -> None:
-        """Open and validate.
+        """Open and validate: everything that a decoder relies on is checked; no codes are read.
 
         Args:
             kind: of the type that the GGUF names.
@@ -132,6 +123,13 @@ class Payload:
             label: what messages call it; its name by default.
         Raises:
             FormatError: the payload is invalid.
+
+        >>> from entrollm_gguf.codec import encode
+        >>> codes = np.ones((16, 32), np.int8)
+        >>> data = encode(EntropyType.EQ8, codes, np.ones(1, np.float16)).payload
+        >>> Payload(EntropyType.EQ8, data[:300], (16, 32), "attn_q")
+        Traceback (most recent call last):
+        entrollm_gguf.errors.FormatError: attn_q: the data is shorter than its header says
         """
         self.kind, self.shape, self.name = kind, tuple(shape), name
         self.label = label or name or "tensor"
@@ -164,6 +162,14 @@ class Payload:
 
         Raises:
             FormatError: names the first thing that is wrong.
+
+        >>> from entrollm_gguf.codec import encode
+        >>> codes = np.ones((16, 32), np.int8)
+        >>> data = encode(EntropyType.EQ8, codes, np.ones(1, np.float16), name="w").payload
+        >>> Payload(EntropyType.EQ8, data, (16, 32), "w").verify()
+        >>> Payload(EntropyType.EQ8, data, (16, 32), "v").verify()  # the hash takes in the name
+        Traceback (most recent call last):
+        entrollm_gguf.errors.FormatError: v: hash mismatch
         """
         lib = c.library()
         for i, view in enumerate(self._views):
@@ -185,10 +191,18 @@ class Payload:
                 (*shape[:-1], row bytes).
         Raises:
             FormatError: the type does not hold the weights.
+
+        >>> from entrollm_gguf.codec import encode
+        >>> codes = np.ones((16, 64), np.int8)
+        >>> data = encode(EntropyType.EQ4, codes, np.ones(1, np.float16)).payload
+        >>> name, rows = Payload(EntropyType.EQ4, data, (16, 64)).plain()
+        >>> name, rows.shape  # a block of 32 weights takes 18 bytes
+        ('Q4_0', (16, 36))
         """
         self.check_plain()
-        name = self.header.plain_type
-        return name, self._decode_slabs(self._decode_plain, np.uint8, _PLAIN_ROW_SIZE[name](self.header.n_cols), threads)
+        stock = c.library().ggml_entropy_plain_type(ctypes.byref(self._views[0].header))
+        decode = functools.partial(self._decode_plain, stock)
+        return self.header.plain_type, self._decode_slabs(decode, np.uint8, c.row_size(stock, self.header.n_cols), threads)
 
     def rests(self) -> np.ndarray | None:
         """Sign and mantissa of each weight of EBF16, uint8 of the tensor's shape; None for other
@@ -200,7 +214,15 @@ class Payload:
         return np.concatenate(slabs).reshape(self.shape)
 
     def scales_and_offsets(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Scales (f16) and offsets (f32, or None), shape (n_slabs, 1 or n_rows) each."""
+        """Scales (f16) and offsets (f32, or None), shape (n_slabs, 1 or n_rows) each.
+
+        >>> from entrollm_gguf.codec import encode
+        >>> codes, scales = np.zeros((2, 32), np.int8), np.array([0.5, 0.25], np.float16)
+        >>> data = encode(EntropyType.EQ8, codes, scales, np.array([-1.0], np.float32)).payload
+        >>> payload = Payload(EntropyType.EQ8, data, (2, 32))
+        >>> [array.tolist() for array in payload.scales_and_offsets()]
+        [[[0.5, 0.25]], [[-1.0]]]
+        """
 
         def array(pointer: int | None, one: np.ndarray) -> np.ndarray:
             if not pointer:
@@ -228,6 +250,12 @@ class Payload:
         Raises:
             FormatError: the codes do not fit into device_size bytes, which happens with damaged
                 data only.
+
+        >>> from entrollm_gguf.codec import encode
+        >>> codes = np.ones((64, 128), np.int8)
+        >>> data = encode(EntropyType.EQ8, codes, np.ones(1, np.float16)).payload
+        >>> Payload(EntropyType.EQ8, data, (64, 128)).to_lanes().nbytes, data.nbytes
+        (2560, 1792)
         """
         if not self.kind.is_quantized:
             raise CodecError(f"{self.label}: {self.kind.name} has no device layout")
@@ -279,9 +307,10 @@ class Payload:
         ref, data, group_bytes = ctypes.byref(view), out.ctypes.data, GROUP_ROWS * out.strides[0]
         self._check(run_groups(lambda g0, g1: decode(ref, g0, g1, data + g0 * group_bytes), view.n_groups, n_threads_of(threads)))
 
-    def _decode_codes(self, view: object, group0: int, group1: int, out: int) -> int:
+    @staticmethod
+    def _decode_codes(view: object, group0: int, group1: int, out: int) -> int:
         return c.library().ggml_entropy_decode_groups(view, group0, group1, out)
 
-    def _decode_plain(self, view: object, group0: int, group1: int, out: int) -> int:
-        plain = next(number for number, name in _PLAIN_TYPES.items() if name == self.header.plain_type)
-        return c.library().ggml_entropy_decode_groups_plain(view, group0, group1, plain, out)
+    @staticmethod
+    def _decode_plain(stock: int, view: object, group0: int, group1: int, out: int) -> int:
+        return c.library().ggml_entropy_decode_groups_plain(view, group0, group1, stock, out)

@@ -71,6 +71,19 @@ def largest_weights(scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.maximum(np.abs(low), np.abs(high))
 
 
+def shape_is_valid(shape: tuple[int, ...]) -> bool:
+    """Whether a coded tensor may have this shape (docs/format.md 4).
+
+    Args:
+        shape: (n_rows, n_cols) or (n_slabs, n_rows, n_cols).
+
+    >>> shape_is_valid((7, 96)), shape_is_valid((7, 100))
+    (True, False)
+    """
+    n_slabs, n_rows, n_cols = (1, *shape)[-3:]
+    return c.library().ggml_entropy_shape_is_valid(n_cols, n_rows, n_slabs)
+
+
 class CodecError(ValueError):
     """The caller's arguments cannot be encoded: a shape, a range, a scale that is no finite f16."""
 

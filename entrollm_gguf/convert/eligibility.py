@@ -4,7 +4,7 @@ comes here."""
 
 from __future__ import annotations
 
-import math
+from entrollm_gguf.codec import MIN_COLS, shape_is_valid
 
 # Matrices that llama-quantize leaves alone (tensor_allows_quantization in src/llama-quant.cpp), by
 # a part of their name. The converter classes keep most of them in F32 already; these are the ones
@@ -63,11 +63,11 @@ def reason_to_keep(name: str, shape: tuple[int, ...]) -> str | None:
             return why
     if not name.endswith(".weight") or any(part in name for part in _NOT_QUANTIZED):
         return "not quantized by llama.cpp either"
-    if shape[-1] % 32 != 0:
-        return f"{shape[-1]} columns are no multiple of 32"
+    if shape[-1] % MIN_COLS != 0:
+        return f"{shape[-1]} columns are no multiple of {MIN_COLS}"
     if shape[-2] == 1:
         return "a single row"
-    if shape[-1] > 1 << 24 or shape[-2] > 2**31 - 1 or (len(shape) == 3 and shape[0] > 1 << 16) or math.prod(shape) == 0:
+    if not shape_is_valid(shape):
         return "outside the limits of the format"
     return None
 
@@ -79,4 +79,4 @@ def can_be_q8_0(name: str, shape: tuple[int, ...]) -> bool:
     Args:
         name, shape: as for `reason_to_keep`.
     """
-    return any(part in name for part in _VIEWED) and len(shape) in (2, 3) and shape[-1] % 32 == 0
+    return any(part in name for part in _VIEWED) and len(shape) in (2, 3) and shape[-1] % MIN_COLS == 0

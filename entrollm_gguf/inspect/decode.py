@@ -122,7 +122,7 @@ def _declare(writer, model: ModelFile, entry: TensorEntry, plain: str | None, th
         return
 
     def decode(file, name: str) -> None:
-        _, rows = codec.decode_plain(entry.kind, data, entry.shape, name, threads)
+        _, rows = codec.Payload(entry.kind, data, entry.shape, name).plain(threads)
         file.write(rows)
         state.add(entry)
 

@@ -296,7 +296,8 @@ def test_f16_and_f32_checkpoints_keep_their_precision(tmp_path, smollm2_hf, out)
     weights = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert main(["convert", str(folder), str(out), "--recipe", "EQ8-paper"]) == 0
     entry = next(t for t in open_model(out).tensors() if t.name == "blk.0.ffn_down.weight")
-    codes = codec.decode(entry.kind, entry.data, entry.shape)
-    scales, offsets = codec.scales_and_offsets(entry.kind, entry.data, entry.shape)
+    payload = codec.Payload(entry.kind, entry.data, entry.shape)
+    codes = payload.codes()
+    scales, offsets = payload.scales_and_offsets()
     error = np.abs(codes * np.float32(scales[0, 0]) + offsets[0, 0] - weights)
     assert error.max() <= 0.5001 * float(scales[0, 0])

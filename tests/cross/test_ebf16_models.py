@@ -63,7 +63,7 @@ def test_gguf_py_reads_it(converted):
     one = next(t for t in open_model(converted("llama", "EBF16")).tensors() if t.name == tensor.name)
     from entrollm_gguf import codec
 
-    rows = codec.decode_plain(one.kind, one.data, one.shape)[1].view("<u2").astype(np.uint32) << 16
+    rows = codec.Payload(one.kind, one.data, one.shape).plain()[1].view("<u2").astype(np.uint32) << 16
     assert np.array_equal(weights, rows.view(np.float32).reshape(weights.shape))
 
 

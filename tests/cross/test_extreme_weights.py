@@ -120,14 +120,13 @@ def overflowing(converted, tmp_path, monkeypatch):
     gguf = import_gguf()
     tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == "blk.0.ffn_down.weight")
     shape = tuple(int(n) for n in reversed(tensor.shape))
-    payload = np.array(tensor.data).reshape(-1)
-    codes = codec.decode(EntropyType.EQ8, payload, shape)
-    scales, offsets = codec.scales_and_offsets(EntropyType.EQ8, payload, shape)
-    changed = codec.encode(EntropyType.EQ8, codes, scales, offsets + np.float32(70_000), name=tensor.name).payload
+    payload = codec.Payload(EntropyType.EQ8, np.array(tensor.data).reshape(-1), shape)
+    scales, offsets = payload.scales_and_offsets()
+    changed = codec.encode(EntropyType.EQ8, payload.codes(), scales, offsets + np.float32(70_000), name=tensor.name).payload
     path = tmp_path / "overflowing.gguf"
     data = bytearray(source.read_bytes())
-    assert changed.size == payload.size
-    data[int(tensor.data_offset) : int(tensor.data_offset) + payload.size] = changed.tobytes()
+    assert changed.size == tensor.data.nbytes
+    data[int(tensor.data_offset) : int(tensor.data_offset) + changed.size] = changed.tobytes()
     path.write_bytes(data)
     return path
 

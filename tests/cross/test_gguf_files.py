@@ -62,7 +62,7 @@ def test_gguf_py_round_trip(tmp_path, tail, alignment):
     assert tensors["flat"].shape == (33, 64) and tensors["experts"].shape == (3, 40, 96)
     for name, q in (("flat", flat), ("experts", experts)):
         entry = tensors[name]
-        assert np.array_equal(codec.decode(entry.kind, entry.data, entry.shape), q)
+        assert np.array_equal(codec.Payload(entry.kind, entry.data, entry.shape).codes(), q)
         assert entry.n_bytes == entry.data.size
     assert verify_file(path).problems == ()
 
@@ -104,8 +104,9 @@ def test_gguf_py_dequantizes(converted, name, recipe):
     for entry in open_model(converted(name, recipe)).tensors():
         if entry.kind is None:
             continue
-        codes = codec.decode(entry.kind, entry.data, entry.shape).reshape(-1, *entry.shape[-2:])
-        scales, offsets = codec.scales_and_offsets(entry.kind, entry.data, entry.shape)
+        payload = codec.Payload(entry.kind, entry.data, entry.shape)
+        codes = payload.codes().reshape(-1, *entry.shape[-2:])
+        scales, offsets = payload.scales_and_offsets()
         expected = codes * scales[..., None].astype(np.float32) + (0 if offsets is None else offsets[..., None])
         found = gguf.quants.dequantize(entry.data, gguf.GGMLQuantizationType[entry.type_name])
         assert found.shape == entry.shape and found.dtype == np.float32

@@ -102,13 +102,15 @@ extern "C" const char * host_decode(const shape * s, const run_options * o, cons
         const entropy_rows_args args = {
             payload, s->slab_stride, (int) group0, to, (int64_t) row_size, (int64_t) row_size*n_rows, nullptr,
         };
-        if (!entropy_launch_decode(launcher, (ggml_type) s->type, (ggml_type) s->plain, args, n_groups, s->n_cols, s->n_rows, s->n_slabs, tuning_of(*o))) {
+        if (!entropy_launch_decode(launcher, (ggml_type) s->type, (ggml_type) s->plain, args, n_groups, s->n_cols, s->n_rows, s->n_slabs,
+            tuning_of(*o))) {
             throw std::runtime_error("no such pair of types");
         }
     });
 }
 
-extern "C" const char * host_get_rows(const shape * s, const run_options * o, const uint8_t * payload, const int32_t * ids, int64_t n_ids, float * to) {
+extern "C" const char * host_get_rows(const shape * s, const run_options * o, const uint8_t * payload, const int32_t * ids, int64_t n_ids,
+        float * to) {
     return guarded([&]() {
         const entropy_tuning tuning = tuning_of(*o);
         allow(payload, s->slab_stride*s->n_slabs);

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT
 //
-// A GPU block on the CPU, slow and suspicious: every thread is a fiber that runs until it must wait for its warp or block. One header, since
-// fibers, checked memory and intrinsics know each other. It runs the kernels of ggml-cuda/entropy/ as they are (entropy-device.cuh says what they may use), and stops at
+// A GPU block on the CPU, slow and suspicious: every thread is a fiber that runs until it must wait for its warp or block. One header,
+// since fibers, checked memory and intrinsics know each other. It runs the kernels of ggml-cuda/entropy/ as they are (entropy-device.cuh
+// says what they may use), and stops at
 // - an access outside of the shared memory of the block or of the global memory the test has named,
 // - a misaligned access,
-// - threads of a warp that meet in different operations, or at different numbers of them (a deadlock on a GPU).
-// Asynchronous copies land as late as they may, at the wait that lets their group land, so that a missing wait shows; or, if `early`, at once, so
-// that a copy over something that is still needed shows.
-// - a kernel that was launched early and touches, before grid_wait, what other kernels write or read, or ever by a load meant for what never changes.
-// Not modelled: races between threads without a meeting between them, except as far as the order of fibers shows them; run with both orders.
+// - threads of a warp that meet in different operations, or at different numbers of them (a deadlock on a GPU),
+// - a kernel that was launched early and touches, before grid_wait, what other kernels write or read, or ever by a load meant for what
+//   never changes.
+// Asynchronous copies land as late as they may, at the wait that lets their group land, so that a missing wait shows; or, if `early`, at
+// once, so that a copy over something that is still needed shows.
+// Not modelled: races between threads without a meeting between them, except as far as the order of fibers shows them; run with both
+// orders.
 
 #pragma once
 

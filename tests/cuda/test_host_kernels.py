@@ -37,7 +37,7 @@ def kernels(tmp_path_factory) -> HostKernels:
 
 def weights(one: Made) -> Weights:
     n_slabs, n_rows, n_cols = one.codes.shape
-    return Weights(one.case.kind, codec.to_lanes(one.case.kind, one.payload, one.codes.shape), n_rows, n_cols, n_slabs)
+    return Weights(one.case.kind, codec.Payload(one.case.kind, one.payload, one.codes.shape).to_lanes(), n_rows, n_cols, n_slabs)
 
 
 def values(one: Made) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_large_matrices_by_several_threads(kernels, rng):
         codes = np.clip(np.rint(rng.normal(0, 3, (2, 1013, 2048))), *kind.code_range).astype(np.int8)
         scales = rng.uniform(0.001, 0.02, (2, 1013)).astype(np.float16)
         payload = codec.encode(kind, codes, scales).payload
-        np.testing.assert_array_equal(kernels.make_lanes(kind, payload, codes.shape), codec.to_lanes(kind, payload, codes.shape))
+        np.testing.assert_array_equal(kernels.make_lanes(kind, payload, codes.shape), codec.Payload(kind, payload, codes.shape).to_lanes())
 
 
 def check_pair(kernels, one: Made, other: Made, **options) -> None:
@@ -188,7 +188,7 @@ def test_single_rows(kernels, rng, case):
 def stock(one: Made) -> tuple[str, bytes]:
     """What the reference decoder, or for large tensors the codec, makes of the payload."""
     if one.codes.size > 40_000:
-        name, data = codec.decode_plain(one.case.kind, one.payload, one.codes.shape)
+        name, data = codec.Payload(one.case.kind, one.payload, one.codes.shape).plain()
         return name, data.tobytes()
     decoded = [decoder.decode_plain(slab) for slab in reference_slabs(one)]
     return decoded[0][0], b"".join(data for _, data in decoded)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Decodes one golden vector with the C codec and with every kernel level, and compares: decode-vector EQ8|EQ4 N_COLS N_ROWS N_SLABS NAME PAYLOAD CODES.
-// NAME is the tensor's, which the hash takes in. A program of its own because Python's binding does not run where the target's processor is
-// emulated.
+// Decodes one golden vector with the C codec and with every kernel level, and compares: decode-vector EQ8|EQ4 N_COLS N_ROWS N_SLABS NAME
+// PAYLOAD CODES. NAME is the tensor's, which the hash takes in. A program of its own because Python's binding does not run where the
+// target's processor is emulated.
 
 #include "ggml-entropy.h"
 #include "ggml-cpu/entropy/entropy-kernel.h"

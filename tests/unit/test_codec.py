@@ -57,7 +57,7 @@ def check_lanes(kind: EntropyType, payload: np.ndarray, shape: tuple[int, ...], 
     """The device layout of a payload is what section 8 says, and holds these codes."""
     n_slabs, n_rows, n_cols = (1, *shape)[-3:]
     slabs = ref_decoder.parse_tensor(payload.tobytes(), KINDS[kind], (n_cols, n_rows, n_slabs, 1))
-    device = lanes.parse_tensor(codec.to_lanes(kind, payload, shape, NAME).tobytes(), slabs)
+    device = lanes.parse_tensor(codec.Payload(kind, payload, shape, NAME).to_lanes().tobytes(), slabs)
     for plane, slab, expected in zip(slabs, device, codes.reshape(n_slabs, n_rows, n_cols)):
         lanes.verify(slab)
         assert np.array_equal(lanes.decode_codes(slab), expected)
@@ -73,8 +73,9 @@ def test_reference_decodes_what_c_encodes(rng, kind, shape):
     slab = reference_slab(encoded.payload, kind, shape)
     ref_decoder.verify(slab, NAME)
     assert np.array_equal(ref_decoder.decode_codes(slab), q)
-    assert np.array_equal(codec.decode(kind, encoded.payload, shape), q)
-    codec.verify(kind, encoded.payload, shape, NAME)
+    payload = codec.Payload(kind, encoded.payload, shape, NAME)
+    assert np.array_equal(payload.codes(), q)
+    payload.verify()
     check_lanes(kind, encoded.payload, shape, q)
 
 
@@ -83,9 +84,10 @@ def test_reference_decodes_what_c_encodes(rng, kind, shape):
 def test_c_decodes_what_the_reference_encodes(rng, kind, shape):
     q = random_codes(rng, kind, shape)
     scales, _ = random_grid(rng, kind, shape[0], 0, 0)
-    payload = np.frombuffer(ref_encoder.encode_slab(q, KINDS[kind], scales, name=NAME), np.uint8)
-    codec.verify(kind, payload, shape, NAME)
-    assert np.array_equal(codec.decode(kind, payload, shape), q)
+    data = np.frombuffer(ref_encoder.encode_slab(q, KINDS[kind], scales, name=NAME), np.uint8)
+    payload = codec.Payload(kind, data, shape, NAME)
+    payload.verify()
+    assert np.array_equal(payload.codes(), q)
 
 
 @pytest.mark.parametrize("raw_bits", range(1, 9))
@@ -97,13 +99,14 @@ def test_c_decodes_every_code(rng, raw_bits):
         for tail in [shape for shape in ref_decoder.TAIL_SHAPES if (shape == 0) == (raw_bits == 8)]:
             code = ref_encoder.make_code(raw_bits, bin_bits, tail, int(rng.integers(-128, 128)))
             whole = ref_encoder.encode_slab(q, 1, np.float16([1]), name=NAME, code=code)
-            payload = np.frombuffer(whole, np.uint8)
-            codec.verify(EQ8, payload, shape, NAME)
-            assert np.array_equal(codec.decode(EQ8, payload, shape), q)
-            assert dataclasses.asdict(codec.code_parameters(EQ8, payload, shape)[0]) == dataclasses.asdict(code)
+            payload = codec.Payload(EQ8, np.frombuffer(whole, np.uint8), shape, NAME)
+            payload.verify()
+            assert np.array_equal(payload.codes(), q)
+            assert dataclasses.asdict(payload.code_parameters()[0]) == dataclasses.asdict(code)
             for _ in range(4):
                 damaged = np.frombuffer(ref_encoder.scramble(whole, rng), np.uint8)
-                assert np.array_equal(codec.decode(EQ8, damaged, shape), ref_decoder.decode_codes(reference_slab(damaged, EQ8, shape)))
+                expected = ref_decoder.decode_codes(reference_slab(damaged, EQ8, shape))
+                assert np.array_equal(codec.Payload(EQ8, damaged, shape).codes(), expected)
 
 
 @pytest.mark.parametrize("kind", [EQ8, EQ4])
@@ -115,11 +118,12 @@ def test_plain_rows_are_the_reference_s(rng, kind, scale_mode, offset_mode):
     scales, offsets = random_grid(rng, kind, shape[0], scale_mode, offset_mode)
     encoded = codec.encode(kind, q, scales, offsets, tile_cols=128)
     slab = reference_slab(encoded.payload, kind, shape)
-    name, rows = codec.decode_plain(kind, encoded.payload, shape)
+    payload = codec.Payload(kind, encoded.payload, shape)
+    name, rows = payload.plain()
     ref_name, ref_rows = ref_decoder.decode_plain(slab)
     assert name == ref_name
     assert rows.tobytes() == ref_rows
-    got_scales, got_offsets = codec.scales_and_offsets(kind, encoded.payload, shape)
+    got_scales, got_offsets = payload.scales_and_offsets()
     assert np.array_equal(got_scales[0], scales)
     assert (offsets is None and got_offsets is None) or np.array_equal(got_offsets[0], offsets)
     check_lanes(kind, encoded.payload, shape, q)
@@ -130,7 +134,7 @@ def test_one_symbol(symbol):
     q = np.full((40, 96), symbol, np.int8)
     encoded = codec.encode(EQ8, q, np.float16([1]))
     assert encoded.coded_bits == q.size  # one bit a code
-    assert np.array_equal(codec.decode(EQ8, encoded.payload, q.shape), q)
+    assert np.array_equal(codec.Payload(EQ8, encoded.payload, q.shape).codes(), q)
     assert np.array_equal(ref_decoder.decode_codes(reference_slab(encoded.payload, EQ8, q.shape)), q)
     check_lanes(EQ8, encoded.payload, q.shape, q)
 
@@ -153,7 +157,7 @@ def test_uniform_codes_take_eight_bits(rng):
     q = rng.permutation(np.tile(np.arange(-128, 128), 256)).reshape(64, 1024).astype(np.int8)
     encoded = codec.encode(EQ8, q, np.float16([1]))
     assert encoded.coded_bits == 8 * q.size
-    assert np.array_equal(codec.decode(EQ8, encoded.payload, q.shape), q)
+    assert np.array_equal(codec.Payload(EQ8, encoded.payload, q.shape).codes(), q)
 
 
 def test_the_coded_size_is_what_stands_in_the_file(rng):
@@ -174,9 +178,9 @@ def test_threads_give_the_same_bytes(rng, threads):
     q = random_codes(rng, EQ8, (333, 512))
     one = codec.encode(EQ8, q, np.float16([0.01]), threads=1)
     assert np.array_equal(codec.encode(EQ8, q, np.float16([0.01]), threads=threads).payload, one.payload)
-    assert np.array_equal(codec.decode(EQ8, one.payload, q.shape, threads=threads), q)
-    device = codec.to_lanes(EQ8, one.payload, q.shape, threads=1)
-    assert np.array_equal(codec.to_lanes(EQ8, one.payload, q.shape, threads=threads), device)
+    assert np.array_equal(codec.Payload(EQ8, one.payload, q.shape).codes(threads=threads), q)
+    device = codec.Payload(EQ8, one.payload, q.shape).to_lanes(threads=1)
+    assert np.array_equal(codec.Payload(EQ8, one.payload, q.shape).to_lanes(threads=threads), device)
 
 
 def test_long_lanes_take_smaller_tiles(rng):
@@ -185,7 +189,7 @@ def test_long_lanes_take_smaller_tiles(rng):
     q[5] = rng.integers(-128, 127, 1024)
     encoded = codec.encode(EQ8, q, np.float16([1]), tile_cols=1024)
     assert encoded.tile_cols < 1024
-    assert np.array_equal(codec.decode(EQ8, encoded.payload, q.shape), q)
+    assert np.array_equal(codec.Payload(EQ8, encoded.payload, q.shape).codes(), q)
     check_lanes(EQ8, encoded.payload, q.shape, q)
 
 
@@ -200,9 +204,9 @@ def test_experts_are_slabs_of_equal_size(rng, kind):
     for i, slab in enumerate(slabs):
         ref_decoder.verify(slab, NAME, i)
     assert np.array_equal(np.stack([ref_decoder.decode_codes(slab) for slab in slabs]), q)
-    assert np.array_equal(codec.decode(kind, encoded.payload, q.shape), q)
-    codec.verify(kind, encoded.payload, q.shape, NAME)
-    _, rows = codec.decode_plain(kind, encoded.payload, q.shape)
+    assert np.array_equal(codec.Payload(kind, encoded.payload, q.shape).codes(), q)
+    codec.Payload(kind, encoded.payload, q.shape, NAME).verify()
+    _, rows = codec.Payload(kind, encoded.payload, q.shape).plain()
     assert rows.tobytes() == b"".join(ref_decoder.decode_plain(slab)[1] for slab in slabs)
     assert np.array_equal(codec.count_codes(kind, q), np.bincount(q.reshape(-1).astype(int) + 128, minlength=256))
     check_lanes(kind, encoded.payload, q.shape, q)
@@ -211,14 +215,14 @@ def test_experts_are_slabs_of_equal_size(rng, kind):
 def test_the_hash_knows_name_and_place(rng):
     q = random_codes(rng, EQ8, (2, 20, 32))
     payload = codec.encode(EQ8, q, np.float16([1]), name=NAME).payload
-    codec.verify(EQ8, payload, q.shape, NAME)
+    codec.Payload(EQ8, payload, q.shape, NAME).verify()
     for name in ("", NAME + "s", "blk.8.attn_q.weight"):
         with pytest.raises(FormatError, match="hash"):
-            codec.verify(EQ8, payload, q.shape, name)
+            codec.Payload(EQ8, payload, q.shape, name).verify()
     swapped = np.concatenate(np.split(payload, 2)[::-1])
     with pytest.raises(FormatError, match="a label: hash"):
-        codec.verify(EQ8, swapped, q.shape, NAME, label="a label")
-    assert np.array_equal(codec.decode(EQ8, swapped, q.shape), q[::-1])  # a loader does not look at it
+        codec.Payload(EQ8, swapped, q.shape, NAME, label="a label").verify()
+    assert np.array_equal(codec.Payload(EQ8, swapped, q.shape).codes(), q[::-1])  # a loader does not look at it
 
 
 @settings(deadline=None, max_examples=60)
@@ -235,11 +239,11 @@ def test_round_trip(kind, n_rows, n_blocks, tile_blocks, spread, seed):
     shape = (n_rows, 32 * n_blocks)
     q = random_codes(rng, kind, shape, spread)
     encoded = codec.encode(kind, q, np.float16([0.5]), tile_cols=32 * tile_blocks, name=NAME)
-    assert np.array_equal(codec.decode(kind, encoded.payload, shape), q)
-    codec.verify(kind, encoded.payload, shape, NAME)
+    assert np.array_equal(codec.Payload(kind, encoded.payload, shape).codes(), q)
+    codec.Payload(kind, encoded.payload, shape, NAME).verify()
     header = codec.read_header(kind, encoded.payload, shape)
     assert header.n_bytes == encoded.payload.size
-    assert header.device_bytes == codec.to_lanes(kind, encoded.payload, shape).size
+    assert header.device_bytes == codec.Payload(kind, encoded.payload, shape).to_lanes().size
 
 
 @settings(deadline=None, max_examples=60)
@@ -262,8 +266,8 @@ def test_any_bits_decode_as_the_reference_says(kind, n_rows, n_blocks, raw_bits,
     payload = np.frombuffer(ref_encoder.scramble(whole, rng), np.uint8)
     slab = reference_slab(payload, kind, shape)
     expected = ref_decoder.decode_codes(slab)
-    assert np.array_equal(codec.decode(kind, payload, shape), expected)
-    name, rows = codec.decode_plain(kind, payload, shape)
+    assert np.array_equal(codec.Payload(kind, payload, shape).codes(), expected)
+    name, rows = codec.Payload(kind, payload, shape).plain()
     assert (name, rows.tobytes()) == ref_decoder.decode_plain(slab)
     # in the device layout codes of EQ4 are taken modulo 16 (8)
     check_lanes(kind, payload, shape, expected if kind is EQ8 else (expected.astype(int) + 8 & 15) - 8)
@@ -275,9 +279,9 @@ def test_codes_that_do_not_fit_the_promised_device_layout_are_refused(rng):
     payload = codec.encode(EQ8, q, np.float16([1])).payload.copy()
     body, size = payload[80:96].view(np.uint64).astype(int)
     payload[body : body + size] = rng.integers(0, 256, size)
-    assert codec.decode(EQ8, payload, q.shape).any()
+    assert codec.Payload(EQ8, payload, q.shape).codes().any()
     with pytest.raises(FormatError, match="device layout"):
-        codec.to_lanes(EQ8, payload, q.shape)
+        codec.Payload(EQ8, payload, q.shape).to_lanes()
 
 
 def test_arguments_are_checked():
@@ -313,9 +317,9 @@ def test_wrong_type_and_shape_are_refused(rng):
     ):
         if message:
             with pytest.raises(FormatError, match=message):
-                codec.decode(kind, payload, shape)
+                codec.Payload(kind, payload, shape).codes()
         else:
-            assert np.array_equal(codec.decode(kind, payload, shape)[0], q)
+            assert np.array_equal(codec.Payload(kind, payload, shape).codes()[0], q)
 
 
 def test_truncation_at_every_byte_is_refused(rng):
@@ -323,7 +327,7 @@ def test_truncation_at_every_byte_is_refused(rng):
     payload = codec.encode(EQ8, q, np.float16([1])).payload
     for n in range(payload.size):
         with pytest.raises(FormatError):
-            codec.validate(EQ8, payload[:n], q.shape)
+            codec.Payload(EQ8, payload[:n], q.shape)
 
 
 @pytest.mark.parametrize("kind", [EQ8, EQ4])
@@ -335,9 +339,9 @@ def test_every_flipped_byte_is_reported_by_verify(rng, kind):
         damaged = payload.copy()
         damaged[i] ^= 1 << (i % 8)
         with pytest.raises(FormatError):
-            codec.verify(kind, damaged, q.shape, NAME)
+            codec.Payload(kind, damaged, q.shape, NAME).verify()
         try:  # what a loader does: refuse, or decode to something, in bounds
-            codec.decode(kind, damaged, q.shape)
+            codec.Payload(kind, damaged, q.shape).codes()
             survivors += 1
         except FormatError:
             pass
@@ -349,4 +353,4 @@ def test_unaligned_memory_is_copied(rng):
     payload = codec.encode(EQ8, q, np.float16([1])).payload
     shifted = np.zeros(payload.size + 1, np.uint8)
     shifted[1:] = payload
-    assert np.array_equal(codec.decode(EQ8, shifted[1:], q.shape), q)
+    assert np.array_equal(codec.Payload(EQ8, shifted[1:], q.shape).codes(), q)

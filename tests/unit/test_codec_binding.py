@@ -137,26 +137,26 @@ def test_an_open_payload(rng, kind, with_offsets):
     assert np.array_equal(counts, [codec.count_codes(kind, one) for one in q])
     assert opened.code_parameters() == [codec.plan_code(one).code for one in counts]
     assert opened.header.code == opened.code_parameters()[0] and opened.header.n_bytes == encoded.payload.size
-    usage = codec.code_usage(kind, encoded.payload, q.shape)
-    assert usage.direct + usage.tail + usage.far == q.size
+    used = [code.usage(one) for code, one in zip(opened.code_parameters(), counts)]
+    assert all(one.direct + one.tail + one.far == q[0].size for one in used)
     assert encoded.entropy_bits == pytest.approx(sum(map(codec.entropy_bits, counts)))
     name, rows = opened.plain()
     assert name == opened.header.plain_type and rows.shape[:2] == q.shape[:2]
     # one matrix alone, seen without the leading axis
     alone = codec.encode(kind, q[0], scales[0], None if offsets is None else offsets[0])
-    assert np.array_equal(codec.decode(kind, alone.payload, (1, *q.shape[1:]))[0], q[0])
+    assert np.array_equal(codec.Payload(kind, alone.payload, (1, *q.shape[1:])).codes()[0], q[0])
 
 
 def test_the_hash_takes_in_name_and_place(rng):
     q = some_codes(rng, EQ8, (2, 16, 32), 4.0)
     payload = codec.encode(EQ8, q, np.float16([1]), name="blk.0.ffn_up_exps.weight").payload
-    codec.verify(EQ8, payload, q.shape, "blk.0.ffn_up_exps.weight")
+    codec.Payload(EQ8, payload, q.shape, "blk.0.ffn_up_exps.weight").verify()
     with pytest.raises(FormatError, match=r"^this one: .*hash"):
-        codec.verify(EQ8, payload, q.shape, "blk.1.ffn_up_exps.weight", label="this one")
+        codec.Payload(EQ8, payload, q.shape, "blk.1.ffn_up_exps.weight", label="this one").verify()
     swapped = payload.reshape(2, -1)[::-1].ravel()
     with pytest.raises(FormatError, match=r"^blk\.0\.ffn_up_exps\.weight: .*hash"):
-        codec.verify(EQ8, swapped, q.shape, "blk.0.ffn_up_exps.weight")
-    assert np.array_equal(codec.decode(EQ8, swapped, q.shape), q[::-1])
+        codec.Payload(EQ8, swapped, q.shape, "blk.0.ffn_up_exps.weight").verify()
+    assert np.array_equal(codec.Payload(EQ8, swapped, q.shape).codes(), q[::-1])
 
 
 @pytest.mark.parametrize("kind", [EQ8, EQ4])
@@ -165,9 +165,9 @@ def test_the_device_layout_takes_what_the_header_says(rng, kind, shape, tile_col
     q = some_codes(rng, kind, shape, 3.0)
     encoded = codec.encode(kind, q, np.float16([0.5]), tile_cols=tile_cols)
     header = codec.read_header(kind, encoded.payload, shape)
-    lanes = codec.to_lanes(kind, encoded.payload, shape)
+    lanes = codec.Payload(kind, encoded.payload, shape).to_lanes()
     assert header.tile_cols == encoded.tile_cols and lanes.size == header.device_bytes
-    assert np.array_equal(lanes, codec.to_lanes(kind, encoded.payload, shape, threads=3))
+    assert np.array_equal(lanes, codec.Payload(kind, encoded.payload, shape).to_lanes(threads=3))
     for slab in lanes.reshape(header.n_slabs, header.device_size):
         head = codec_c.LanesHeader.from_buffer_copy(slab.tobytes())
         assert bytes(head.magic) == b"EQTL" and head.slab_size == header.device_size and head.tile_cols == header.tile_cols
@@ -183,16 +183,16 @@ def test_codes_that_do_not_fit_the_device_layout(rng):
     payload = codec.encode(EQ8, q, np.float16([1])).payload
     body_at, body_size = (int(n) for n in payload[80:96].view(np.uint64))
     payload[body_at : body_at + body_size] = rng.integers(0, 256, body_size)
-    assert codec.decode(EQ8, payload, q.shape).shape == q.shape
+    assert codec.Payload(EQ8, payload, q.shape).codes().shape == q.shape
     with pytest.raises(FormatError, match="t7: the codes do not fit"):
-        codec.to_lanes(EQ8, payload, q.shape, "t7")
+        codec.Payload(EQ8, payload, q.shape, "t7").to_lanes()
 
 
 @pytest.mark.parametrize("kind, sigma", [(EQ8, 1.0), (EQ8, 3.9), (EQ8, 28.0), (EQ4, 2.0)])
 @pytest.mark.parametrize("shape", [(512, 576), (1000, 256), (2, 200, 1024)])
 def test_expected_sizes(rng, kind, sigma, shape):
     encoded = codec.encode(kind, some_codes(rng, kind, shape, sigma), np.ones(shape[-2], np.float16))
-    raw_bits = codec.code_parameters(kind, encoded.payload, shape)[0].raw_bits
+    raw_bits = codec.Payload(kind, encoded.payload, shape).code_parameters()[0].raw_bits
     assert codec.expected_size(shape, encoded.coded_bits, raw_bits) == pytest.approx(encoded.payload.size, rel=0.002, abs=600)
 
 

@@ -70,11 +70,11 @@ def read_by_codec(entry: dict, data: bytes) -> tuple[np.ndarray | None, bool]:
     """The same by the C codec."""
     kind, payload, shape = EntropyType[entry["type"]], np.frombuffer(data, np.uint8), tuple(entry["shape"])
     try:
-        codes = codec.decode(kind, payload, shape)
+        codes = codec.Payload(kind, payload, shape).codes()
     except FormatError:
         return None, False
     try:
-        codec.verify(kind, payload, shape, entry["name"])
+        codec.Payload(kind, payload, shape, entry["name"]).verify()
     except FormatError:
         return codes, False
     return codes, True
@@ -91,4 +91,4 @@ def test_both_decoders_agree(case):
     assert accepted == exact
     if found is not None:  # it only has to stay in bounds: the size that the header promises may not suffice for other codes
         with contextlib.suppress(FormatError):
-            codec.to_lanes(EntropyType[entry["type"]], np.frombuffer(data, np.uint8), tuple(entry["shape"]))
+            codec.Payload(EntropyType[entry["type"]], np.frombuffer(data, np.uint8), tuple(entry["shape"])).to_lanes()

@@ -43,9 +43,9 @@ def reference_bits(payload: np.ndarray, shape: tuple[int, ...], name: str) -> np
 
 
 def check(payload: np.ndarray, bits: np.ndarray, name: str) -> None:
-    codec.verify(EBF16, payload, bits.shape, name)
+    codec.Payload(EBF16, payload, bits.shape, name).verify()
     assert np.array_equal(reference_bits(payload, bits.shape, name), bits)
-    type_name, rows = codec.decode_plain(EBF16, payload, bits.shape)
+    type_name, rows = codec.Payload(EBF16, payload, bits.shape).plain()
     assert type_name == "BF16"
     assert np.array_equal(rows.view("<u2"), bits)
     one = codec.Payload(EBF16, payload, bits.shape, name)
@@ -85,7 +85,7 @@ def test_trained_weights_take_eleven_bits(rng):
     quantized = quantize_lossless(weights, EBF16)
     encoded = codec.encode(EBF16, quantized.codes, quantized.scales, rests=quantized.rests)
     assert 10.5 < encoded.payload.nbytes * 8 / weights.size < 11.1
-    _, rows = codec.decode_plain(EBF16, encoded.payload, weights.shape)
+    _, rows = codec.Payload(EBF16, encoded.payload, weights.shape).plain()
     assert np.array_equal((rows.view("<u2").astype(np.uint32) << 16).view(np.float32), weights)
 
 
@@ -95,7 +95,7 @@ def test_random_bodies_decode_alike(rng):
     for _ in range(8):
         payload = encoder.scramble(whole, rng)
         slab = decoder.parse_slab(payload, 3, 96, 33, 1)
-        rows = codec.decode_plain(EBF16, np.frombuffer(payload, np.uint8), bits.shape)[1]
+        rows = codec.Payload(EBF16, np.frombuffer(payload, np.uint8), bits.shape).plain()[1]
         assert rows.tobytes() == decoder.decode_plain(slab)[1]
 
 
@@ -114,7 +114,7 @@ def test_f16_weights_that_are_bf16_numbers(rng):
     weights = np.float16(rng.integers(-8, 8, (2, 32)) / 8)
     quantized = quantize_lossless(weights, EBF16)
     payload = codec.encode(EBF16, quantized.codes, quantized.scales, rests=quantized.rests).payload
-    rows = codec.decode_plain(EBF16, payload, weights.shape)[1]
+    rows = codec.Payload(EBF16, payload, weights.shape).plain()[1]
     assert np.array_equal((rows.view("<u2").astype(np.uint32) << 16).view(np.float32), weights)
 
 
@@ -136,7 +136,7 @@ def test_what_there_is_not(rng):
         codec.encode(EBF16, codes, np.ones(1, np.float16), rests=rests)
     payload = codec.encode(EBF16, codes, zero, rests=rests).payload
     with pytest.raises(CodecError, match="no device layout"):
-        codec.to_lanes(EBF16, payload, codes.shape)
+        codec.Payload(EBF16, payload, codes.shape).to_lanes()
     with pytest.raises(FormatError, match="another type"):
-        codec.validate(EntropyType.EQ8, payload, codes.shape)
+        codec.Payload(EntropyType.EQ8, payload, codes.shape)
     assert codec.Payload(EntropyType.EQ8, codec.encode(EntropyType.EQ8, codes, zero).payload, codes.shape).rests() is None

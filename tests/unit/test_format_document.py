@@ -52,9 +52,9 @@ def test_the_reference_encoder_writes_it():
 
 def test_the_codec_reads_it():
     example = np.frombuffer(worked_example(), np.uint8)
-    codec.verify(EntropyType.EQ8, example, (2, 32), NAME)
-    assert np.array_equal(codec.decode(EntropyType.EQ8, example, (2, 32)), CODES)
-    device = codec.to_lanes(EntropyType.EQ8, example, (2, 32), NAME)
+    codec.Payload(EntropyType.EQ8, example, (2, 32), NAME).verify()
+    assert np.array_equal(codec.Payload(EntropyType.EQ8, example, (2, 32)).codes(), CODES)
+    device = codec.Payload(EntropyType.EQ8, example, (2, 32), NAME).to_lanes()
     slab = lanes.parse(device.tobytes(), ref_decoder.parse_slab(worked_example(), 1, 32, 2, 1))
     lanes.verify(slab)
     assert np.array_equal(lanes.decode_codes(slab), CODES)

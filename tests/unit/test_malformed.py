@@ -40,14 +40,12 @@ def test_case(case):
     shape = (ne[1], ne[0]) if ne[2] == 1 else (ne[2], ne[1], ne[0])
     if case.verdict == "reject":
         with pytest.raises(FormatError, match=MESSAGES[case.rule]):
-            codec.validate(TYPES[kind], payload, shape)
-        with pytest.raises(FormatError):
-            codec.decode(TYPES[kind], payload, shape)
+            codec.Payload(TYPES[kind], payload, shape)
         return
-    codec.validate(TYPES[kind], payload, shape)
-    assert codec.decode(TYPES[kind], payload, shape).shape == shape  # in bounds, whatever the bits
+    opened = codec.Payload(TYPES[kind], payload, shape, NAME)
+    assert opened.codes().shape == shape  # in bounds, whatever the bits
     with pytest.raises(FormatError, match=MESSAGES[case.rule]):
-        codec.verify(TYPES[kind], payload, shape, NAME)
+        opened.verify()
 
 
 def test_every_rule_has_a_case():

@@ -88,7 +88,7 @@ def test_error_is_at_most_half_a_step_and_the_file_holds_it(name, kind, w):
     slack = 1e-5 * (np.abs(w).max() + step) + np.finfo(np.float32).tiny
     assert (np.abs(dequantize(q) - w) <= 0.5 * step + slack).all()
     payload = codec.encode(kind, q.codes, q.scales, q.offsets).payload
-    codec.verify(kind, payload, w.shape)
+    codec.Payload(kind, payload, w.shape).verify()
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -98,7 +98,7 @@ def test_constant_tensors(name, kind, value):
     w = np.full((33, 64), value, np.float32)
     q = QUANTIZERS[name](w, kind, 1)
     assert np.allclose(dequantize(q), w, rtol=1e-3)
-    codec.verify(kind, codec.encode(kind, q.codes, q.scales, q.offsets).payload, w.shape)
+    codec.Payload(kind, codec.encode(kind, q.codes, q.scales, q.offsets).payload, w.shape).verify()
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -132,7 +132,7 @@ def test_what_is_not_refused_is_held_by_the_stock_type(rng, name, kind, factor, 
     assert q is not None or name == "paper" or extreme / (levels // 2) > 65504 or extreme < 1e-4
     if q is None:
         return
-    type_name, rows = codec.decode_plain(kind, codec.encode(kind, q.codes, q.scales, q.offsets).payload, w.shape)
+    type_name, rows = codec.Payload(kind, codec.encode(kind, q.codes, q.scales, q.offsets).payload, w.shape).plain()
     gguf = import_gguf()
     back = gguf.dequantize(rows, gguf.GGMLQuantizationType[type_name]).reshape(w.shape).astype(np.float64)
     promised = {"asymmetric": np.ptp(w) / levels, "symmetric-unsigned": extreme / levels}.get(q.scheme, 2 * extreme / (levels - 1))

@@ -70,20 +70,20 @@ def test_the_reference_decoder_gives_the_codes(entry):
 
 
 def test_the_codec_gives_the_codes(entry):
-    kind, payload, shape = EntropyType[entry["type"]], payload_of(entry), tuple(entry["shape"])
-    codec.verify(kind, payload, shape, entry["name"])
-    assert np.array_equal(codec.decode(kind, payload, shape), codes_of(entry))
-    scales, offsets = codec.scales_and_offsets(kind, payload, shape)
+    payload = codec.Payload(EntropyType[entry["type"]], payload_of(entry), tuple(entry["shape"]), entry["name"])
+    payload.verify()
+    assert np.array_equal(payload.codes(), codes_of(entry))
+    scales, offsets = payload.scales_and_offsets()
     expected_scales, expected_offsets = grid_of(entry)
     assert np.array_equal(scales, expected_scales)
     assert (offsets is None) == (expected_offsets is None) and (offsets is None or np.array_equal(offsets, expected_offsets))
-    _, rows = codec.decode_plain(kind, payload, shape)
+    _, rows = payload.plain()
     assert rows.tobytes() == b"".join(ref_decoder.decode_plain(slab)[1] for slab in reference_slabs(entry))
 
 
 def test_the_device_layout_holds_the_codes(entry):
     kind, payload, shape = EntropyType[entry["type"]], payload_of(entry), tuple(entry["shape"])
-    device = codec.to_lanes(kind, payload, shape, entry["name"]).tobytes()
+    device = codec.Payload(kind, payload, shape, entry["name"]).to_lanes().tobytes()
     assert hashlib.sha256(device).hexdigest() == entry["lanes_sha256"]
     slabs = lanes.parse_tensor(device, reference_slabs(entry))
     scales, offsets = grid_of(entry)
@@ -101,10 +101,10 @@ def test_random_bodies_decode_alike(entry, rng):
     for _ in range(2):
         payload = b"".join(ref_encoder.scramble(whole[at : at + size], rng) for at in range(0, len(whole), size))
         slabs = reference_slabs(entry, payload)
-        damaged = np.frombuffer(payload, np.uint8)
+        damaged = codec.Payload(kind, np.frombuffer(payload, np.uint8), shape)
         expected = np.stack([ref_decoder.decode_codes(slab) for slab in slabs]).reshape(shape)
-        assert np.array_equal(codec.decode(kind, damaged, shape), expected)
-        assert codec.decode_plain(kind, damaged, shape)[1].tobytes() == b"".join(ref_decoder.decode_plain(slab)[1] for slab in slabs)
+        assert np.array_equal(damaged.codes(), expected)
+        assert damaged.plain()[1].tobytes() == b"".join(ref_decoder.decode_plain(slab)[1] for slab in slabs)
 
 
 @pytest.mark.parametrize("entry", [e for e in INDEX if e["encoder"] == "codec"], ids=lambda entry: entry["name"])

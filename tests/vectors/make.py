@@ -186,7 +186,7 @@ def write(folder: Path) -> None:
         payload = make_payload(vector, codes, scales, offsets)
         slab_size = struct.unpack_from("<Q", payload, 16)[0]
         slabs = [payload[at : at + slab_size] for at in range(0, len(payload), slab_size)]
-        device = codec.to_lanes(vector.kind, np.frombuffer(payload, np.uint8), vector.shape, vector.name)
+        device = codec.Payload(vector.kind, np.frombuffer(payload, np.uint8), vector.shape, vector.name).to_lanes()
         index.append(
             {
                 "name": vector.name,

@@ -2,11 +2,11 @@
 //
 // Entropy-coded tensors in the model loader; see llama-entropy.h for the whole picture.
 //
-// Order of this file: refusals, the switch and the rule, loading. One file, since all three are members of llama_entropy and share its state.
-// The work with the codec, by all threads, is in llama-entropy-codec.cpp.
+// Order of this file: refusals, the switch and the rule, loading. One file, since all three are members of llama_entropy and share its
+// state. The work with the codec, by all threads, is in llama-entropy-codec.cpp.
 //
-// Decoding writes into the tensor where its buffer is host memory; otherwise into a temporary and then once into the tensor, because buffers
-// that repack (CPU_REPACK) or slice (tensor parallelism) want a whole tensor in one call.
+// Decoding writes into the tensor where its buffer is host memory; otherwise into a temporary and then once into the tensor, because
+// buffers that repack (CPU_REPACK) or slice (tensor parallelism) want a whole tensor in one call.
 //
 // A mapped file may be rewritten while it is loaded. Headers are therefore taken by value when they are validated (ggml_entropy_view),
 // compared with what the survey saw, and not read again.
@@ -83,7 +83,8 @@ void llama_entropy_check_use(const std::string & name, llm_tensor kind, ggml_op 
     }
     if (!takes_coded) {
         throw std::runtime_error(format(
-            "tensor '%s' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: convert the file again", name.c_str()));
+            "tensor '%s' is entropy-coded, but to this model it is no weight of a matrix product and no table of rows: "
+            "convert the file again", name.c_str()));
     }
 }
 
@@ -303,8 +304,8 @@ static bool is_viewed(llm_tensor kind) {
         || kind == LLM_TENSOR_TIME_MIX_W2;         // as five matrices: rwkv6-base.cpp
 }
 
-// The rule. It may look at what the tensor is, the buffer type and the settings, and at nothing else, above all not at the load mode or at free
-// memory: the memory-fit pass, which allocates nothing and maps nothing, must come to the same answer.
+// The rule. It may look at what the tensor is, the buffer type and the settings, and at nothing else, above all not at the load mode or at
+// free memory: the memory-fit pass, which allocates nothing and maps nothing, must come to the same answer.
 bool llama_entropy::stays_coded(
         llm_tensor kind, const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
         const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft, ggml_tensor * meta) {
@@ -377,7 +378,8 @@ llama_entropy_slabs llama_entropy::validate(const ggml_tensor * src, const uint8
     const ggml_entropy_decode_t decode = fastest_decoder();
     llama_entropy_slabs slabs(src->ne[2]);
     for (int64_t i = 0; i < src->ne[2]; i++) {
-        // the header in the view is the one that counts from here on: if it was valid and is not now, or says something else, somebody writes
+        // the header in the view is the one that counts from here on: if it was valid and is not now, or says something else, somebody
+        // writes
         status = ggml_entropy_open(data + i*src->nb[2], src->nb[2], &slabs[i]);
         if (status != GGML_ENTROPY_OK || !is_as_surveyed(slabs[i].header, surveyed_header)) {
             throw_changed(src);

@@ -2,16 +2,16 @@
 //
 // Entropy-coded tensors (EQ8, EQ4, EBF16) in the model loader.
 //
-// A tensor can live in memory in two ways, EBF16 in the first only. Load mode: validated and decoded once, while the model is loaded, into the stock type that
-// holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: it stays coded, and kernels decode
-// it; on the CPU as it is in the file, mapped if the model is; on another device in the device layout (ggml-entropy-lanes.h), which is made
-// while the tensor is uploaded. llama_entropy::stays_coded is the one place that decides.
+// A tensor can live in memory in two ways, EBF16 in the first only. Load mode: validated and decoded once, while the model is loaded, into
+// the stock type that holds it (ggml_entropy_plain_type); every backend then runs its own kernels at full speed. Fused mode: it stays
+// coded, and kernels decode it; on the CPU as it is in the file, mapped if the model is; on another device in the device layout
+// (ggml-entropy-lanes.h), which is made while the tensor is uploaded. llama_entropy::stays_coded is the one place that decides.
 //
-// How it hangs together: create_tensor first asks set_plain_type, which turns the tensor's meta data into the plain type, chooses a buffer type
-// for that, and then asks stays_coded whether to go back to the coded type. Tensors whose bytes in memory differ from those in the file
-// go into contexts of their own, which are never mapped (ctx_key::converted). load_all_data calls load for all.
-// Progress and totals count bytes of the file throughout; only the buffers know the size in memory. Both sizes stand in the headers, so
-// that buffers are planned without reading the codes.
+// How it hangs together: create_tensor first asks set_plain_type, which turns the tensor's meta data into the plain type, chooses a buffer
+// type for that, and then asks stays_coded whether to go back to the coded type. Tensors whose bytes in memory differ from those in the
+// file go into contexts of their own, which are never mapped (ctx_key::converted). load_all_data calls load for all. Progress and totals
+// count bytes of the file throughout; only the buffers know the size in memory. Both sizes stand in the headers, so that buffers are
+// planned without reading the codes.
 //
 // A file is hostile until ggml_entropy_validate has seen it: load calls it for every tensor, whatever --check-tensors says.
 
@@ -44,8 +44,9 @@ bool llama_entropy_is_converted(const ggml_tensor * src, const ggml_tensor * dst
 // Throws one clear line if tensor is entropy-coded. For the places that would read its bytes as something else.
 void llama_entropy_check_plain(const ggml_tensor * tensor, const char * why);
 
-// Throws one clear line for an entropy-coded tensor that the model takes neither for the weights of a matrix product nor for a table of rows:
-// norms, biases, scales, integers. Even the stock type of load mode would not do for them. kind: which tensor of the model it is; op: where it is used.
+// Throws one clear line for an entropy-coded tensor that the model takes neither for the weights of a matrix product nor for a table of
+// rows: norms, biases, scales, integers. Even the stock type of load mode would not do for them. kind: which tensor of the model it is; op:
+// where it is used.
 void llama_entropy_check_use(const std::string & name, llm_tensor kind, ggml_op op);
 
 // The same for llama-quantize, which can neither read nor write these types.
@@ -62,10 +63,10 @@ struct llama_entropy {
     // Throws on a bad switch or header, and if the model wants another shape than the file's (reshape).
     bool set_plain_type(const llama_model_loader & ml, bool reshape, ggml_tensor * tensor);
 
-    // The rule (docs/runtime-modes.md). kind: which tensor of the model it is; coded: the tensor as in the file; *buft: the buffer type that
-    // its plain type gets.
-    // If it is to stay coded, *buft becomes the buffer type for it, as choose_buft finds it, and *meta the tensor as it will be there: as
-    // in the file, or with the strides of the device layout. Throws if the switch asks for what the device cannot do.
+    // The rule (docs/runtime-modes.md). kind: which tensor of the model it is; coded: the tensor as in the file; *buft: the buffer type
+    // that its plain type gets. If it is to stay coded, *buft becomes the buffer type for it, as choose_buft finds it, and *meta the tensor
+    // as it will be there: as in the file, or with the strides of the device layout. Throws if the switch asks for what the device cannot
+    // do.
     bool stays_coded(
         llm_tensor kind, const ggml_tensor * coded, ggml_backend_buffer_type_t * buft,
         const std::function<ggml_backend_buffer_type_t(ggml_tensor *)> & choose_buft, ggml_tensor * meta);

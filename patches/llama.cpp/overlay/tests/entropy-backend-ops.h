@@ -2,13 +2,13 @@
 //
 // Cases of test-backend-ops for ops with entropy-coded weights; included by test-backend-ops.cpp behind its class test_case.
 //
-// A backend is compared with the CPU's reference implementation, which for these ops is the kernel level ref. The perf cases have the shapes of
-// upstream's own for MUL_MAT, so that a line here can be read beside one of Q8_0.
+// A backend is compared with the CPU's reference implementation, which for these ops is the kernel level ref. The perf cases have the
+// shapes of upstream's own for MUL_MAT, so that a line here can be read beside one of Q8_0.
 //
-// The CPU reads weights in the layout of files, other devices in the device layout (ggml-entropy-lanes.h). A graph is built before it is known
-// where it will run, so build_graph gives the weights room for either; initialize_tensors sees the buffer, fills in the layout that belongs
-// there and sets the strides to what that takes. For the comparison test-backend-ops copies the tensors of the other backend to the CPU,
-// strides and bytes as they are, so that the CPU's reference implementation also reads the device layout.
+// The CPU reads weights in the layout of files, other devices in the device layout (ggml-entropy-lanes.h). A graph is built before it is
+// known where it will run, so build_graph gives the weights room for either; initialize_tensors sees the buffer, fills in the layout that
+// belongs there and sets the strides to what that takes. For the comparison test-backend-ops copies the tensors of the other backend to the
+// CPU, strides and bytes as they are, so that the CPU's reference implementation also reads the device layout.
 
 #pragma once
 
@@ -151,7 +151,8 @@ struct test_entropy : public test_case {
             case GGML_OP_MUL_MAT:
                 return ggml_mul_mat(ctx, w, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, n, n_mats));
             case GGML_OP_MUL_MAT_ID:
-                return ggml_mul_mat_id(ctx, w, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, n_used, n), ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_used, n));
+                return ggml_mul_mat_id(ctx, w, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, n_used, n),
+                    ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_used, n));
             default:
                 return ggml_get_rows(ctx, w, ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n, n_mats));
         }

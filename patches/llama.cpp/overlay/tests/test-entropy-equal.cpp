@@ -6,9 +6,9 @@
 //
 //   test-entropy-equal [--fused] CODED.gguf PLAIN.gguf [MAX_NMSE]      --fused: that part only
 //
-// In load mode the decoded bytes are the same, so the same kernels run and the logits must be bit-identical: for a prompt and for single tokens, in every
-// way to load (mmap, read, mlock, direct I/O, FILE *), with and without repacking. Then the switch entropy.mode: what it accepts and
-// what it refuses; progress, which must rise to 1 and count bytes of the file; and cancelling.
+// In load mode the decoded bytes are the same, so the same kernels run and the logits must be bit-identical: for a prompt and for single
+// tokens, in every way to load (mmap, read, mlock, direct I/O, FILE *), with and without repacking. Then the switch entropy.mode: what it
+// accepts and what it refuses; progress, which must rise to 1 and count bytes of the file; and cancelling.
 //
 // Limits: CPU only. Thread counts are the same on both sides, since the order of sums may depend on them.
 

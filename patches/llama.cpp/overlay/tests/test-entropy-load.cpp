@@ -4,14 +4,15 @@
 //
 //   test-entropy-load FILE [--stride N] [--truncations N] [--rewrites N] [--seed N] [--jobs N/I]
 //
-// (a) truncates the file, at every byte if it has at most --truncations of them, else at as many seeded lengths; (b) changes one byte of the
-// tensor infos and of the payloads of entropy-coded tensors to another value that the seed chooses, and a second time by a single bit:
-// every byte of the tensor infos and of the used part of slab headers, and every --stride-th byte behind them (by default so that
-// there are some 8000 of those; 1 is all of them). Each damaged file is loaded from disk on the CPU, alternately with and without mmap; where it loads, two tokens
-// are decoded. To be refused and to be loaded are both fine, with one exception: a file that ends before its last tensor must be
-// refused. (c) changes --rewrites such bytes, most of them of headers, only when the file is mapped and the model runs in fused mode: then it
-// may also stop with SIGABRT, which is how an op refuses a slab. Loading runs in child processes, so that a crash or a hang is counted and the test goes on; build with ASan and
-// UBSan to make it worth its time. --jobs N/I does the I-th of N equal parts of the cases.
+// (a) truncates the file, at every byte if it has at most --truncations of them, else at as many seeded lengths; (b) changes one byte of
+// the tensor infos and of the payloads of entropy-coded tensors to another value that the seed chooses, and a second time by a single bit:
+// every byte of the tensor infos and of the used part of slab headers, and every --stride-th byte behind them (by default so that there are
+// some 8000 of those; 1 is all of them). Each damaged file is loaded from disk on the CPU, alternately with and without mmap; where it
+// loads, two tokens are decoded. To be refused and to be loaded are both fine, with one exception: a file that ends before its last tensor
+// must be refused. (c) changes --rewrites such bytes, most of them of headers, only when the file is mapped and the model runs in fused
+// mode: then it may also stop with SIGABRT, which is how an op refuses a slab. Loading runs in child processes, so that a crash or a hang
+// is counted and the test goes on; build with ASan and UBSan to make it worth its time. --jobs N/I does the I-th of N equal parts of the
+// cases.
 //
 // Limits: needs fork(); on Windows it does nothing. Give it a file of some hundred kilobytes: every case loads the whole model.
 

@@ -6,8 +6,8 @@
 //   test-entropy-ops --levels            the kernel levels that can run here, best first, a line each
 //   test-entropy-ops --speed CASES.gguf  microseconds of every case with one thread, the best of 30 runs, a line each
 //
-// CASES.gguf holds for case i = 0, 1, ... the tensors "i.w" (weights, any type), "i.x" (F32: MUL_MAT, or MUL_MAT_ID if there is "i.ids" too) or
-// "i.ids" alone (I32: GET_ROWS). OUT.f32 receives the results one after the other, as floats. Every case runs with each number of
+// CASES.gguf holds for case i = 0, 1, ... the tensors "i.w" (weights, any type), "i.x" (F32: MUL_MAT, or MUL_MAT_ID if there is "i.ids"
+// too) or "i.ids" alone (I32: GET_ROWS). OUT.f32 receives the results one after the other, as floats. Every case runs with each number of
 // threads (default 1) and twice with each; all results must be equal, bit by bit: a group of rows is one thread's work whoever gets it.
 // GGML_ENTROPY_KERNEL selects the kernel level; its name is printed.
 

@@ -8,8 +8,8 @@
 //
 //     bool ggml_backend_entropy_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op)
 //
-// through ggml_backend_reg_get_proc_address; then the answer is that function's, and the device's own supports_op is not asked. The CPU's does
-// (ggml-cpu/entropy/entropy-cpu.cpp), and CUDA's (ggml-cuda/entropy.cu).
+// through ggml_backend_reg_get_proc_address; then the answer is that function's, and the device's own supports_op is not asked. The CPU's
+// does (ggml-cpu/entropy/entropy-cpu.cpp), and CUDA's (ggml-cuda/entropy.cu).
 //
 // A registry whose backend has switches of its own (ggml-entropy-switch.h) exports besides
 //
@@ -17,8 +17,8 @@
 //
 // the line for one that is set to a value it does not know, and nullptr if there is none. The model loader asks all registries.
 //
-// In the memory of a device that is not the CPU such tensors have the device layout (ggml-entropy-lanes.h), with nb[2] the bytes of a slab in
-// it; in host memory they have the layout of the file. The model loader makes one from the other.
+// In the memory of a device that is not the CPU such tensors have the device layout (ggml-entropy-lanes.h), with nb[2] the bytes of a slab
+// in it; in host memory they have the layout of the file. The model loader makes one from the other.
 
 #pragma once
 

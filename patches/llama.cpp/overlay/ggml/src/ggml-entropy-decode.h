@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// The portable decoder, written once and compiled twice: in ggml-base for any processor of its kind (ggml-entropy.c), and in ggml-cpu for the
-// instruction set that the backend is built for (ggml-cpu/entropy/entropy-kernel-generic.cpp). ggml-entropy.c draws what it does.
+// The portable decoder, written once and compiled twice: in ggml-base for any processor of its kind (ggml-entropy.c), and in ggml-cpu for
+// the instruction set that the backend is built for (ggml-cpu/entropy/entropy-kernel-generic.cpp). ggml-entropy.c draws what it does.
 
 #pragma once
 
@@ -176,10 +176,11 @@ static inline int next_class(struct unit_planes * p, int n_single) {
     return (int) ((n_single > 0 ? 1 + on1 : 0) + digit + last);
 }
 
-// Weights of a unit that have a class or are far, by their planes; out holds r + base for all. With `any_far` false none of them is far. Returns
-// those that are.
+// Weights of a unit that have a class or are far, by their planes; out holds r + base for all. With `any_far` false none of them is far.
+// Returns those that are.
 static inline uint64_t add_classes(
-        uint64_t open, struct unit_planes planes, const uint8_t r[UNIT], const uint8_t addend[], int n_single, int n_classes, bool any_far, int8_t * out) {
+        uint64_t open, struct unit_planes planes, const uint8_t r[UNIT], const uint8_t addend[], int n_single, int n_classes, bool any_far,
+        int8_t * out) {
     uint64_t far = 0;
     for (; open != 0; open &= open - 1) {
         const int i = lowest_bit(open);

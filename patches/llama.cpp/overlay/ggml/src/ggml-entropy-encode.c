@@ -38,10 +38,11 @@ struct bin {
     uint64_t count;
 };
 
-// n bins beside the direct interval [from, to), n_above of them above: class 0 is the one right above, the others follow by count. Returns the
-// bits of their tails and, in *covered, what they count.
+// n bins beside the direct interval [from, to), n_above of them above: class 0 is the one right above, the others follow by count. Returns
+// the bits of their tails and, in *covered, what they count.
 static uint64_t place_bins(
-        const uint64_t sums[N_CODES + 1], int from, int to, int width, int n_above, int n, const int lengths[], struct bin bins[], uint64_t * covered) {
+        const uint64_t sums[N_CODES + 1], int from, int to, int width, int n_above, int n, const int lengths[], struct bin bins[],
+        uint64_t * covered) {
     uint64_t n_bits = 0;
     *covered = 0;
     for (int i = 0; i < n; i++) {
@@ -135,7 +136,8 @@ enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], stru
                                           + far_weight * (double) (open - covered);
                         if (cost < best_cost) {
                             best_cost = cost;
-                            best = (struct ggml_entropy_code) { (uint8_t) raw_bits, (uint8_t) bin_bits, (uint8_t) number, (int8_t) (from - 128), { 0 }, { 0 } };
+                            best = (struct ggml_entropy_code) { (uint8_t) raw_bits, (uint8_t) bin_bits, (uint8_t) number,
+                                (int8_t) (from - 128), { 0 }, { 0 } };
                             for (int c = 0; c < tail->n_classes; c++) {
                                 best.class_base[c] = (int8_t) (uint8_t) (bins[c].from - 128);
                             }
@@ -153,7 +155,7 @@ enum ggml_entropy_status ggml_entropy_plan_code(const uint64_t counts[256], stru
 // ---- encoding ----------------------------------------------------------------------------------------------------------------------
 
 static bool matrix_is_valid(enum ggml_type type, int64_t n_rows, int64_t n_cols, int64_t group0, int64_t group1) {
-    return ggml_entropy_is_type(type) && shape_is_valid(n_cols, n_rows, 1)
+    return ggml_entropy_is_type(type) && ggml_entropy_shape_is_valid(n_cols, n_rows, 1)
         && 0 <= group0 && group0 <= group1 && group1 <= count_groups(n_rows);
 }
 
@@ -255,7 +257,7 @@ static bool fill_header(
         const struct ggml_entropy_spec * spec, const struct ggml_entropy_code * code, const struct ggml_entropy_extent * extents,
         struct ggml_entropy_header * h) {
     memset(h, 0, sizeof(*h));
-    if (!ggml_entropy_is_type(spec->type) || !shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs)
+    if (!ggml_entropy_is_type(spec->type) || !ggml_entropy_shape_is_valid(spec->n_cols, spec->n_rows, spec->n_slabs)
             || !tile_cols_is_valid(spec->tile_cols) || !code_is_valid(code)
             || (spec->n_scales != 1 && spec->n_scales != spec->n_rows)
             || (spec->n_offsets != 0 && spec->n_offsets != 1 && spec->n_offsets != spec->n_rows)

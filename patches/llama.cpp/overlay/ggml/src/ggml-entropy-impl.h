@@ -12,8 +12,6 @@
 #define GROUP_ROWS   GGML_ENTROPY_GROUP_ROWS
 #define UNIT         GGML_ENTROPY_UNIT
 #define UNIT_COLS    GGML_ENTROPY_UNIT_COLS
-#define MAX_COLS     (1 << 24)
-#define MAX_SLABS    (1 << 16)
 #define MAX_SLAB     (UINT64_C(1) << 46)           // bytes: more than any machine maps
 #define MAX_BODY     (((uint64_t) UINT32_MAX) * 8) // index entries count units of 8 bytes
 #define SECTION      64                            // alignment of sections
@@ -35,12 +33,6 @@ static inline int kind_of_type(enum ggml_type type) {
         case GGML_TYPE_EBF16: return GGML_ENTROPY_KIND_EBF16;
         default:              return 0;
     }
-}
-
-static inline bool shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs) {
-    return n_cols  >= 32 && n_cols <= MAX_COLS && n_cols % 32 == 0
-        && n_rows  >= 1  && n_rows <= INT32_MAX
-        && n_slabs >= 1  && n_slabs <= MAX_SLABS;
 }
 
 static inline bool tile_cols_is_valid(int64_t tile_cols) {

@@ -2,8 +2,8 @@
 //
 // The device layout of entropy-coded tensors; see ggml-entropy-lanes.h for the contract and docs/format.md 8 for the bits.
 //
-// Order of this file: layout of a slab, the code (class partition), counting, measuring and writing, reading one row. One file, since it is all
-// that the CPU knows of this layout.
+// Order of this file: layout of a slab, the code (class partition), counting, measuring and writing, reading one row. One file, since it is
+// all that the CPU knows of this layout.
 
 #include "ggml-entropy-lanes.h"
 #include "ggml-entropy-impl.h"
@@ -29,7 +29,7 @@ static inline int cols_per_symbol(int kind) {
 }
 
 static bool lanes_shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs, int64_t tile_cols) {
-    return shape_is_valid(n_cols, n_rows, n_slabs) && tile_cols_is_valid(tile_cols);
+    return ggml_entropy_shape_is_valid(n_cols, n_rows, n_slabs) && tile_cols_is_valid(tile_cols);
 }
 
 // n_rows < 2^31 and n_cols <= 2^24: at most 2^26 * 2^19 = 2^45 tiles, no overflow; the header's u32 narrows it further
@@ -298,8 +298,9 @@ enum ggml_entropy_status ggml_entropy_lanes_count(
     return GGML_ENTROPY_OK;
 }
 
-// Narrow tiles cost memory (128 columns: 0.16 bits a weight more than 512), wide ones leave a GPU idle: a tile is decoded code by code, some 30 ns
-// each. A block has 32 rows and at most 32 warps with a tile each, so that a row of 4096 wants 128 columns. Matrices of many rows fill a GPU anyway.
+// Narrow tiles cost memory (128 columns: 0.16 bits a weight more than 512), wide ones leave a GPU idle: a tile is decoded code by code,
+// some 30 ns each. A block has 32 rows and at most 32 warps with a tile each, so that a row of 4096 wants 128 columns. Matrices of many
+// rows fill a GPU anyway.
 int64_t ggml_entropy_lanes_default_tile_cols(int64_t n_rows, int64_t n_cols) {
     int64_t width = n_rows < 8192 ? 128 : 256;
     while (width < 512 && 32 * width < n_cols) {

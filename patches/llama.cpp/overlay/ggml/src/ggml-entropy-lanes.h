@@ -3,8 +3,9 @@
 // The device layout of entropy-coded tensors (docs/format.md 8): what GPU kernels read. It never stands in a file: the host makes it from
 // the plane layout (ggml-entropy.h) while it uploads a tensor.
 //
-// A slab is cut into tiles of 32 rows x tile_cols columns. Each row of a tile is a lane with a bitstream of its own, and word j of all lanes
-// stands together. One 256-entry table decodes: entry -> (t, bias), symbol = (top t bits) + bias mod 256. EQ4 symbols are pairs of codes.
+// A slab is cut into tiles of 32 rows x tile_cols columns. Each row of a tile is a lane with a bitstream of its own, and word j of all
+// lanes stands together. One 256-entry table decodes: entry -> (t, bias), symbol = (top t bits) + bias mod 256. EQ4 symbols are pairs of
+// codes.
 //
 // The order of work: ggml_entropy_lanes_count over all codes, _plan, _measure, _size, then _begin and _encode_groups. Row groups here have
 // 32 rows; callers parallelise over ranges of them. The conventions of ggml-entropy.h hold.
@@ -59,12 +60,12 @@ struct ggml_entropy_entry {
 // Is this a slab in the device layout? Looks at the magic alone.
 GGML_API bool ggml_entropy_is_lanes(const void * slab);
 
-// tile_cols by default for a matrix of this shape: rows of up to 1024 columns whole below 4M weights; else 512, or 256 where 512 gives fewer
-// than 2048 tiles. ggml_entropy_lanes_measure tells if a lane gets too long: then take half of it.
+// tile_cols by default for a matrix of this shape: rows of up to 1024 columns whole below 4M weights; else 512, or 256 where 512 gives
+// fewer than 2048 tiles. ggml_entropy_lanes_measure tells if a lane gets too long: then take half of it.
 GGML_API int64_t ggml_entropy_lanes_default_tile_cols(int64_t n_rows, int64_t n_cols);
 
-// Counts of the symbols of the row groups [group0, group1), added to counts. Codes of EQ4 are taken modulo 16 here and below: damaged data may
-// hold any.
+// Counts of the symbols of the row groups [group0, group1), added to counts. Codes of EQ4 are taken modulo 16 here and below: damaged data
+// may hold any.
 GGML_API enum ggml_entropy_status ggml_entropy_lanes_count(
         enum ggml_type type, int64_t n_rows, int64_t n_cols, const int8_t * q, int64_t group0, int64_t group1, uint64_t counts[256]);
 
@@ -91,14 +92,15 @@ GGML_API size_t ggml_entropy_lanes_size(const struct ggml_entropy_spec * spec, c
 
 // Write all sections but the bitstream into slab, whose slab_size bytes the caller has zeroed; at least ggml_entropy_lanes_size.
 GGML_API enum ggml_entropy_status ggml_entropy_lanes_begin(
-        const struct ggml_entropy_spec * spec, const struct ggml_entropy_lanes_plan * plan, const uint8_t * lane_words, void * slab, size_t slab_size);
+        const struct ggml_entropy_spec * spec, const struct ggml_entropy_lanes_plan * plan, const uint8_t * lane_words, void * slab,
+        size_t slab_size);
 
 // Write the bitstream of the row groups [group0, group1). Ranges that do not overlap may be written concurrently.
 GGML_API enum ggml_entropy_status ggml_entropy_lanes_encode_groups(
         const struct ggml_entropy_lanes_plan * plan, const int8_t * q, int64_t group0, int64_t group1, void * slab);
 
-// Codes of one row of a slab that the functions above made, [n_cols]: plainly, one code at a time. For tensors that the scheduler copies from
-// a GPU to the CPU, and for tests.
+// Codes of one row of a slab that the functions above made, [n_cols]: plainly, one code at a time. For tensors that the scheduler copies
+// from a GPU to the CPU, and for tests.
 GGML_API void ggml_entropy_lanes_decode_row(const void * slab, int64_t row, int8_t * q);
 
 // Scale and offset of one row; the offset is 0 if the slab has none.

@@ -2,8 +2,8 @@
 //
 // Reading entropy-coded tensors; see ggml-entropy.h for the contract and docs/format.md for the bits. Writing: ggml-entropy-encode.c.
 //
-// Order of this file: validation, decoding, rows of other types, verification. One file, since what is validated here is what decoding relies
-// on, and both are read together.
+// Order of this file: validation, decoding, rows of other types, verification. One file, since what is validated here is what decoding
+// relies on, and both are read together.
 //
 // One thing that surprises: the header is copied when a slab is opened, and everything is bounded by that copy. A file that is mapped can
 // change after it was validated; then weights are wrong, and nothing else is.
@@ -57,6 +57,12 @@ const char * ggml_entropy_status_str(enum ggml_entropy_status status) {
     return "unknown status";
 }
 
+bool ggml_entropy_shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs) {
+    return n_cols  >= 32 && n_cols <= 1 << 24 && n_cols % 32 == 0
+        && n_rows  >= 1  && n_rows <= INT32_MAX
+        && n_slabs >= 1  && n_slabs <= 1 << 16;
+}
+
 size_t ggml_entropy_size_of(const char * structure) {
     static const struct { const char * name; size_t size; } known[] = {
         { "code",         sizeof(struct ggml_entropy_code)         },
@@ -103,7 +109,8 @@ static bool q4_1_min(float scale, float offset, uint16_t * m_bits) {
 static uint64_t max_device_size(const struct ggml_entropy_header * h) {
     const uint64_t n_rows  = h->n_rows;
     const uint64_t n_tiles = (uint64_t) ceil_div(h->n_rows, GGML_ENTROPY_LANES) * (uint64_t) ceil_div(h->n_cols, h->tile_cols);
-    // header, table and alignment of sections; scales and offsets; of a tile its offset, its lane lengths, and what fills up words and its end
+    // header, table and alignment of sections; scales and offsets; of a tile its offset, its lane lengths, and what fills up words and its
+    // end
     return 4096 + 6 * n_rows + n_tiles * (4 + GGML_ENTROPY_LANES + 4 * GGML_ENTROPY_LANES + 12) + 2 * n_rows * h->n_cols;
 }
 
@@ -123,7 +130,7 @@ static enum ggml_entropy_status check_header(const struct ggml_entropy_header * 
     if (h->reserved0 != 0 || !all_zero(h->reserved1, sizeof(h->reserved1))) {
         return GGML_ENTROPY_BAD_RESERVED;
     }
-    if (!shape_is_valid(h->n_cols, h->n_rows, h->n_slabs) || !tile_cols_is_valid(h->tile_cols)) {
+    if (!ggml_entropy_shape_is_valid(h->n_cols, h->n_rows, h->n_slabs) || !tile_cols_is_valid(h->tile_cols)) {
         return GGML_ENTROPY_BAD_SHAPE;
     }
     if (h->scale_mode > GGML_ENTROPY_SCALE_ROW || h->offset_mode > GGML_ENTROPY_OFFSET_ROW) {

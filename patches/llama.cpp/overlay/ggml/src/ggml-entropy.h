@@ -149,6 +149,9 @@ GGML_API const char * ggml_entropy_status_str(enum ggml_entropy_status status);
 // that mirrors the structures learns from it whether it is of the library's version.
 GGML_API size_t ggml_entropy_size_of(const char * structure);
 
+// Whether a tensor may have this shape (4).
+GGML_API bool ggml_entropy_shape_is_valid(int64_t n_cols, int64_t n_rows, int64_t n_slabs);
+
 // ---- reading ---------------------------------------------------------------------------------------------------------------------
 
 // Check the 256 bytes of a header alone: enough to trust sizes, shape, modes and the code, not the sections behind it.

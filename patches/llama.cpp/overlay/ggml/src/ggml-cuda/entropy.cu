@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
-// Ops with entropy-coded weights on CUDA devices: what the host does. The kernels are in entropy/. One file, since all ops share the rules of
-// which path a batch takes.
+// Ops with entropy-coded weights on CUDA devices: what the host does. The kernels are in entropy/. One file, since all ops share the rules
+// of which path a batch takes.
 //
-// MUL_MAT with up to 8 columns and MUL_MAT_ID with up to 8 tokens decode inside of the mat-vec kernel. Larger batches decode once into a buffer
-// of a stock type and go on as that: MUL_MAT into F16, by the path that F16 weights take (bit-exact weights, whatever their offsets: the model
-// loader refuses those beyond F16); MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts columns by expert
-// without asking the device; a small kernel adds offset * sum(x) afterwards. The buffer is bounded (entropy_tuning::scratch_size): matrices
-// beyond go in chunks of rows.
+// MUL_MAT with up to 8 columns and MUL_MAT_ID with up to 8 tokens decode inside of the mat-vec kernel. Larger batches decode once into a
+// buffer of a stock type and go on as that: MUL_MAT into F16, by the path that F16 weights take (bit-exact weights, whatever their offsets:
+// the model loader refuses those beyond F16); MUL_MAT_ID into Q8_0 or Q4_0 without offsets, by MMQ, which is the one path that sorts
+// columns by expert without asking the device; a small kernel adds offset * sum(x) afterwards. The buffer is bounded
+// (entropy_tuning::scratch_size): matrices beyond go in chunks of rows.
 //
 // Switches, for measurements and doubts (ggml-entropy-switch.h): GGML_ENTROPY_CUDA_COLUMNS=0..8, the largest batch of the mat-vec kernel
 // (0: never), GGML_ENTROPY_CUDA_ROWS=f16|blocks, what MUL_MAT decodes to for larger ones (blocks: Q8_0 or Q4_0, as MUL_MAT_ID), and, for
@@ -123,7 +123,8 @@ struct stream_launcher {
 };
 
 static entropy_source source_of(const ggml_tensor * x) {
-    return { (const float *) x->data, x->ne[1], x->ne[2], (int64_t) (x->nb[1]/sizeof(float)), (int64_t) (x->nb[2]/sizeof(float)), (int64_t) (x->nb[3]/sizeof(float)) };
+    return { (const float *) x->data, x->ne[1], x->ne[2], (int64_t) (x->nb[1]/sizeof(float)), (int64_t) (x->nb[2]/sizeof(float)),
+        (int64_t) (x->nb[3]/sizeof(float)) };
 }
 
 // ---- up to 8 columns ---------------------------------------------------------------------------------------------------------------
@@ -198,9 +199,9 @@ static bool is_small(const ggml_tensor * op) {
 
 // ---- batches -----------------------------------------------------------------------------------------------------------------------
 
-// Rows of a stock type in the pool, as a tensor that the stock paths take. Its last row may be read on to a multiple of 512 columns, and so may
-// the last row of a slab: into the next one, which is decoded only if it is used. What MMQ reads there it multiplies by zeros; so it must not be
-// what gives a NaN.
+// Rows of a stock type in the pool, as a tensor that the stock paths take. Its last row may be read on to a multiple of 512 columns, and so
+// may the last row of a slab: into the next one, which is decoded only if it is used. What MMQ reads there it multiplies by zeros; so it
+// must not be what gives a NaN.
 struct decoded_rows {
     ggml_cuda_pool_alloc<uint8_t> memory;
     ggml_tensor tensor;
@@ -240,7 +241,8 @@ static void decode_rows(
         (uint8_t *) to.data, (int64_t) to.nb[1], (int64_t) to.nb[2], n_routes,
     };
     const bool known = entropy_launch_decode(
-        stream_launcher{ ctx.stream() }, w->type, to.type, args, entropy_ceil_div(to.ne[1], ENTROPY_LANES), w->ne[0], w->ne[1], to.ne[2], tuning_of(ctx.device));
+        stream_launcher{ ctx.stream() }, w->type, to.type, args, entropy_ceil_div(to.ne[1], ENTROPY_LANES), w->ne[0], w->ne[1], to.ne[2],
+        tuning_of(ctx.device));
     GGML_ASSERT(known);
 }
 
@@ -295,7 +297,8 @@ static void mul_mat_batch(
                 to.src[1] = &from;
                 stock(ctx, &chunk, &from, &to);
                 if (!whole) {
-                    CUDA_CHECK(cudaMemcpy2DAsync(result + row0*sizeof(float), dst->nb[1], to.data, to.nb[1], to.nb[1], to.ne[1], cudaMemcpyDeviceToDevice, stream));
+                    CUDA_CHECK(cudaMemcpy2DAsync(result + row0*sizeof(float), dst->nb[1], to.data, to.nb[1], to.nb[1], to.ne[1],
+                        cudaMemcpyDeviceToDevice, stream));
                 }
             }
         }
@@ -307,7 +310,8 @@ static void mul_mat_batch(
     }
 }
 
-static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, const ggml_tensor * ids, ggml_tensor * dst) {
+static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor * w, const ggml_tensor * x, const ggml_tensor * ids,
+        ggml_tensor * dst) {
     cudaStream_t stream = ctx.stream();
     const ggml_type plain   = blocks_of(w->type);
     const int64_t   n_slabs = w->ne[2];
@@ -316,7 +320,8 @@ static void mul_mat_id_batch(ggml_backend_cuda_context & ctx, const ggml_tensor 
     const int64_t   ids_s1  = ids->nb[1]/sizeof(int32_t);
 
     ggml_cuda_pool_alloc<int32_t> n_routes(ctx.pool(), n_slabs);
-    entropy_count_routes<<<1, 256, 0, stream>>>((const int32_t *) ids->data, ids_s0, ids_s1, (int) ids->ne[0], (int) ids->ne[1], (int) n_slabs, n_routes.get());
+    entropy_count_routes<<<1, 256, 0, stream>>>((const int32_t *) ids->data, ids_s0, ids_s1, (int) ids->ne[0], (int) ids->ne[1],
+        (int) n_slabs, n_routes.get());
     CUDA_CHECK(cudaGetLastError());
 
     decoded_rows rows(ctx, w, plain, n_rows, n_slabs);
@@ -404,7 +409,8 @@ bool ggml_cuda_entropy_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * d
     }
     const entropy_get_rows_args args = {
         (const uint8_t *) w->data, (int64_t) w->nb[2], (const int32_t *) ids->data, (int64_t) (ids->nb[0]/sizeof(int32_t)),
-        (int64_t) (ids->nb[1]/sizeof(int32_t)), (int) w->ne[1], (float *) dst->data, (int64_t) (dst->nb[1]/sizeof(float)), (int64_t) (dst->nb[2]/sizeof(float)),
+        (int64_t) (ids->nb[1]/sizeof(int32_t)), (int) w->ne[1], (float *) dst->data, (int64_t) (dst->nb[1]/sizeof(float)),
+        (int64_t) (dst->nb[2]/sizeof(float)),
     };
     if (ggml_nelements(ids) == 0) {
         return true;
@@ -453,7 +459,8 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
         case GGML_OP_MUL_MAT:
             return is_float(x) && x->ne[2] % w->ne[2] == 0 && x->ne[2] <= ENTROPY_MAX_GRID_YZ && x->ne[3] <= ENTROPY_MAX_GRID_YZ;
         case GGML_OP_MUL_MAT_ID:
-            return (is_small(op) || has_dp4a()) && is_float(x) && x->ne[3] == 1 && op->src[2]->type == GGML_TYPE_I32 && op->src[2]->nb[0] == sizeof(int32_t)
+            return (is_small(op) || has_dp4a()) && is_float(x) && x->ne[3] == 1 && op->src[2]->type == GGML_TYPE_I32
+                && op->src[2]->nb[0] == sizeof(int32_t)
                 && op->src[2]->ne[0] <= ENTROPY_MAX_GRID_YZ && op->src[2]->ne[1] <= ENTROPY_MAX_GRID_YZ && w->ne[2] <= ENTROPY_MAX_GRID_YZ;
         case GGML_OP_GET_ROWS:
             return x->type == GGML_TYPE_I32 && x->ne[2] == 1 && x->ne[3] == 1 && w->ne[2] <= ENTROPY_MAX_GRID_YZ;

@@ -2,19 +2,19 @@
 //
 // Ops with entropy-coded weights on the CPU; see entropy-cpu.h. One file, since all ops share scratch, views and the way over row groups.
 //
-// MUL_MAT and MUL_MAT_ID in three steps: quantize the columns of src1 to int8, as ggml does for Q8_0 weights; then threads take groups of 16
-// rows from a counter; a group is decoded 256 columns at a time into 4 KB that stay in the L1 cache, and multiplied from there with up to 512
-// columns of src1 (for more it is decoded again). Sums are the 16 rows' own until the end, where the rows' scales come in.
+// MUL_MAT and MUL_MAT_ID in three steps: quantize the columns of src1 to int8, as ggml does for Q8_0 weights; then threads take groups of
+// 16 rows from a counter; a group is decoded 256 columns at a time into 4 KB that stay in the L1 cache, and multiplied from there with up
+// to 512 columns of src1 (for more it is decoded again). Sums are the 16 rows' own until the end, where the rows' scales come in.
 //
-// Weights with offsets stand in for F16 and Q4_1. The offsets are left out of the products and added at the end: w = s*q + o gives
-// sum(w*x) = s*sum(q*x) + o*sum(x), with sum(x) over the quantized x. And a column is quantized twice, first itself and then what the
-// first time left over, which makes it nearly exact: 8 bits alone cost 0.5 % of perplexity against F16 (docs/decisions.md).
+// Weights with offsets stand in for F16 and Q4_1. The offsets are left out of the products and added at the end: with w = s*q + o,
+// sum(w*x) = s*sum(q*x) + o*sum(x), where x are the quantized ones. And a column is quantized twice, first itself and then what the first
+// time left over, which makes it nearly exact: 8 bits alone cost 0.5 % of perplexity against F16 (docs/decisions.md).
 //
-// A weight in the device layout can come here, too: the scheduler copies one from a GPU for an op that the GPU does not do, and test-backend-ops
-// copies all. Such slabs are decoded row by row, plainly.
+// A weight in the device layout can come here, too: the scheduler copies one from a GPU for an op that the GPU does not do, and
+// test-backend-ops copies all. Such slabs are decoded row by row, plainly.
 //
-// All scratch is in the graph's work buffer. Payloads were validated when the model was loaded (llama-entropy.cpp). A file that is mapped can
-// change after that: so a slab's header is checked again whenever it is opened, and all that follows is bounded by that copy.
+// All scratch is in the graph's work buffer. Payloads were validated when the model was loaded (llama-entropy.cpp). A file that is mapped
+// can change after that: so a slab's header is checked again whenever it is opened, and all that follows is bounded by that copy.
 
 #include "entropy-cpu.h"
 #include "entropy-kernel.h"
@@ -199,8 +199,8 @@ struct worker {
         return (const char *) w->data + i*w->nb[2];
     }
 
-    // Weights of a model in host memory are planes: they may be a mapped file, which does not get to choose another layout later. Lanes come
-    // in the scheduler's copies, which nobody else writes.
+    // Weights of a model in host memory are planes: they may be a mapped file, which does not get to choose another layout later. Lanes
+    // come in the scheduler's copies, which nobody else writes.
     bool may_be_lanes() const {
         return w->buffer == nullptr || ggml_backend_buffer_get_usage(w->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS
             || !ggml_backend_buffer_is_host(w->buffer);

@@ -2,8 +2,8 @@
 //
 // Fused mode on the CPU: MUL_MAT, MUL_MAT_ID and GET_ROWS whose weights stay entropy-coded in memory.
 //
-// The way from ggml_mul_mat to the decoder: ggml_compute_forward (ggml-cpu.c) asks ggml_cpu_extra_compute_forward (traits.cpp) first, which asks
-// ggml_cpu_entropy_compute_forward here, which decodes groups of 16 rows through the kernel level in use (entropy-kernel.h).
+// The way from ggml_mul_mat to the decoder: ggml_compute_forward (ggml-cpu.c) asks ggml_cpu_extra_compute_forward (traits.cpp) first, which
+// asks ggml_cpu_entropy_compute_forward here, which decodes groups of 16 rows through the kernel level in use (entropy-kernel.h).
 //
 // The seam is three functions with one meaning of true: "this op is mine".
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Products of level neon, for entropy-kernel-neon.cpp, which defines INLINE. Lanes are rows; sdot multiplies four columns of 4 rows with four
-// activations out of 16 in a register. Where the library is not compiled for it, products of 16 bits are added up by pairs.
+// Products of level neon, for entropy-kernel-neon.cpp, which defines INLINE. Lanes are rows; sdot multiplies four columns of 4 rows with
+// four activations out of 16 in a register. Where the library is not compiled for it, products of 16 bits are added up by pairs.
 
 #pragma once
 

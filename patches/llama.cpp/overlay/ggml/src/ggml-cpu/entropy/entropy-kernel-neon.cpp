@@ -4,8 +4,8 @@
 // (sdot).
 //
 // There is no pdep. Its place is taken by ranks: where bit i of a mask is set, its rank is the number of set bits below, and a tbl by ranks
-// deals out what stands side by side, one byte for each set bit, to the places of those bits. Ranks come eight at a time from a table of all
-// bytes. The steps on one unit (docs/format.md 5.2 has the numbers it works with, ggml-entropy.c draws them):
+// deals out what stands side by side, one byte for each set bit, to the places of those bits. Ranks come eight at a time from a table of
+// all bytes. The steps on one unit (docs/format.md 5.2 has the numbers it works with, ggml-entropy.c draws them):
 //
 //     raw bits     to bytes r; compared with D they give the mask A of the weights that have a tail
 //     tail         bit planes are cut from windows of 64 bits and stay side by side. All that has to wait for the unit before is here:
@@ -15,8 +15,8 @@
 //     code         the class looks up an addend among 16; q = r + addend. Direct weights find 0, and class 0 has their addend
 //     far          weights whose class number is beyond the last class; their bytes are patched in
 //
-// A mask of n bits is dealt out in registers of 16 bytes. Three sizes are compiled: for the few weights that most units have with a tail, for
-// twice as many, and for all, with windows of any length.
+// A mask of n bits is dealt out in registers of 16 bytes. Three sizes are compiled: for the few weights that most units have with a tail,
+// for twice as many, and for all, with windows of any length.
 //
 // Products are in entropy-kernel-neon-products.h.
 
@@ -144,8 +144,8 @@ INLINE bytes<N> add(const bytes<N> & a, const bytes<N> & b) {
     return sum;
 }
 
-// The bit planes of a unit's tail, side by side as they stand. The first digit has a window of its own, since where the second one starts is known
-// early. SLOW takes every plane from memory: for the few units whose tail is longer.
+// The bit planes of a unit's tail, side by side as they stand. The first digit has a window of its own, since where the second one starts
+// is known early. SLOW takes every plane from memory: for the few units whose tail is longer.
 template <bool SLOW>
 struct tail_reader {
     const uint8_t * tail;
@@ -178,8 +178,8 @@ struct tail_reader {
     }
 };
 
-// The tail shapes of docs/format.md 5.2: their planes, and the classes of weights that have a tail, side by side, in registers by twos or fours
-// from at most N of each later digit.
+// The tail shapes of docs/format.md 5.2: their planes, and the classes of weights that have a tail, side by side, in registers by twos or
+// fours from at most N of each later digit.
 
 struct tail_2_2 {
     static constexpr int N_CLASSES = 6;

@@ -6,15 +6,15 @@
 // A step of the decoder, on one unit (docs/format.md 5.2 has the numbers it works with, ggml-entropy.c draws them):
 //
 //     raw bits     to bytes r; compared with D they give the mask A of the weights that have a tail
-//     tail         windows of 64 bits at the position. pdep(window, A) puts the next bits of the stream on the weights of A: a bit plane for
-//                  up to 64 weights in one instruction. What stays open is the mask of the next digit; popcounts move the position on.
-//                  The planes become three masks of a class number; the one for class 0 is 000, as for direct weights
+//     tail         windows of 64 bits at the position. pdep(window, A) puts the next bits of the stream on the weights of A: a bit plane
+//                  for up to 64 weights in one instruction. What stays open is the mask of the next digit; popcounts move the position
+//                  on. The planes become three masks of a class number; the one for class 0 is 000, as for direct weights
 //     class        masks to bytes; the number looks up an addend among 16; q = r + addend
 //     far          rare: patched over the unit's bytes
 //
-// Only the position makes a unit wait for the one before, and the processor works on the next unit's raw bits meanwhile: two streams in turns
-// brought nothing (docs/decisions.md). Nothing is called from the loop, so that all constants stay in registers: a unit whose tail is longer
-// than its windows ends it, is decoded out of line, and the loop begins anew.
+// Only the position makes a unit wait for the one before, and the processor works on the next unit's raw bits meanwhile: two streams in
+// turns brought nothing (docs/decisions.md). Nothing is called from the loop, so that all constants stay in registers: a unit whose tail is
+// longer than its windows ends it, is decoded out of line, and the loop begins anew.
 
 #pragma once
 
@@ -36,13 +36,14 @@ constexpr int CLAMP = GGML_ENTROPY_CLAMP_UNITS;
 // Bits that a window of 64 is sure to hold: it may start at any of the 8 bits of its first byte.
 constexpr unsigned WINDOW = 57;
 
-// Tails of a mean length up to this many bits a unit are read through one window, which is less work. Of Gaussian codes (simulated) one unit
-// in 45 does not fit in it at a mean of 38 bits, one in nine at 44. Limits of 38, 44 and 50 were equally fast at 38 bits.
+// Tails of a mean length up to this many bits a unit are read through one window, which is less work. Of Gaussian codes (simulated) one
+// unit in 45 does not fit in it at a mean of 38 bits, one in nine at 44. Limits of 38, 44 and 50 were equally fast at 38 bits.
 constexpr unsigned SHORT_TAIL = 44;
 
-// How far ahead of a unit its streams are asked for, in bytes: groups follow one another in memory, so that this is in the next group or two.
-// The processor's own prefetchers lose the streams at the ends of pages and groups. Zen 3, all matrices of SmolLM2 one after the other:
-// 1.02 times as fast with 512, 1.05 with 2048, 1.11 with 4096, 1.14 with 8192; with one matrix again and again it makes no difference.
+// How far ahead of a unit its streams are asked for, in bytes: groups follow one another in memory, so that this is in the next group or
+// two. The processor's own prefetchers lose the streams at the ends of pages and groups. Zen 3, all matrices of SmolLM2 one after the
+// other: 1.02 times as fast with 512, 1.05 with 2048, 1.11 with 4096, 1.14 with 8192; with one matrix again and again it makes no
+// difference.
 constexpr int AHEAD = 8192;
 
 // Bit planes of the class number of 64 weights, and the weights that are far.
@@ -78,8 +79,8 @@ struct one_window {
     }
 };
 
-// The first plane has a window of its own: it is as long as all others together, and where the second window starts is known before the first
-// is loaded.
+// The first plane has a window of its own: it is as long as all others together, and where the second window starts is known before the
+// first is loaded.
 struct two_windows {
     uint64_t pos;
     uint64_t first;
@@ -119,9 +120,9 @@ struct no_window {
     }
 };
 
-// The tail shapes of docs/format.md 5.2. number[c] is what the masks of all planes spell for class c; direct weights get 0. Numbers are sums
-// of planes without carry, chosen such that the masks take the fewest operations: each plane adds the same to the number wherever it is
-// set (in tail_1_1_2_2 a 1, b 5, c 1, d 2, e 4, f 5), and all classes come out different.
+// The tail shapes of docs/format.md 5.2. number[c] is what the masks of all planes spell for class c; direct weights get 0. Numbers are
+// sums of planes without carry, chosen such that the masks take the fewest operations: each plane adds the same to the number wherever it
+// is set (in tail_1_1_2_2 a 1, b 5, c 1, d 2, e 4, f 5), and all classes come out different.
 
 struct tail_2_2 {
     static constexpr uint8_t number[] = { 0, 1, 2, 3, 7, 6 };

@@ -35,9 +35,9 @@ struct ggml_entropy_kernel {
     // As ggml_entropy_decode_units. out is aligned to 64 bytes.
     ggml_entropy_decode_t decode;
 
-    // Products of the units of a row group from column `first` of the matrix on (a multiple of 32; n_units is a multiple of 8) with n columns of
-    // activations, those of the numbers index[0..n): adds to sums[i][row] the sum over blocks of 32 of d * (integer sum of the block).
-    // units and sums are aligned to 64 bytes.
+    // Products of the units of a row group from column `first` of the matrix on (a multiple of 32; n_units is a multiple of 8) with n
+    // columns of activations, those of the numbers index[0..n): adds to sums[i][row] the sum over blocks of 32 of d * (integer sum of the
+    // block). units and sums are aligned to 64 bytes.
     void (*multiply)(
         const int8_t * units, int n_units, int64_t first, const ggml_entropy_columns & columns, const int32_t * index, int n,
         float (* sums)[GGML_ENTROPY_GROUP_ROWS]);

@@ -10,16 +10,16 @@
 //     value     = window >> (32 - t)                  the first t bits
 //     z         = (value << 16) + entry               byte 2 is (value + bias) mod 256, the symbol; byte_perm packs four
 //
-// Words come to a ring in shared memory ahead of time: word j of all lanes is row j mod 32 of the ring, a row has 32 words, and rows 0
-// and 1 stand again behind row 31, because a window reads three rows. Full word rows of the tile have the same shape, so 16 bytes a thread copy four
-// of them; of a ragged row the lanes that have a word fetch their own.
+// Words come to a ring in shared memory ahead of time: word j of all lanes is row j mod 32 of the ring, a row has 32 words, and rows 0 and
+// 1 stand again behind row 31, because a window reads three rows. Full word rows of the tile have the same shape, so 16 bytes a thread copy
+// four of them; of a ragged row the lanes that have a word fetch their own.
 //
-// One ring serves 32 lanes as long as they stay close. Rows whose lanes differ much in length drift apart, a lane at row j and
-// another at j + 20: then the ring cannot hold what both need, and the tile goes on with words read straight from global memory. That is slow
-// (some 3 times) and always right; docs/cuda.md says when it happens.
+// One ring serves 32 lanes as long as they stay close. Rows whose lanes differ much in length drift apart, a lane at row j and another at j
+// + 20: then the ring cannot hold what both need, and the tile goes on with words read straight from global memory. That is slow (some 3
+// times) and always right; docs/cuda.md says when it happens.
 //
-// Damaged streams: rows are masked to the ring, or checked against the lane's length; positions stay below 2^16. Nothing else is
-// indexed by stream bits.
+// Damaged streams: rows are masked to the ring, or checked against the lane's length; positions stay below 2^16. Nothing else is indexed by
+// stream bits.
 
 #pragma once
 
@@ -224,8 +224,8 @@ ENTROPY_DEVICE void entropy_unit(const Words & words, uint32_t bank, uint32_t & 
     }
 }
 
-// Decode one tile, whose ring is at its start, and give it to the sink: begin(first column, number of units), then take(symbols) for each unit,
-// by all lanes together.
+// Decode one tile, whose ring is at its start, and give it to the sink: begin(first column, number of units), then take(symbols) for each
+// unit, by all lanes together.
 template <ggml_type TYPE, typename Sink>
 ENTROPY_DEVICE void entropy_decode_tile(const entropy_slab & slab, int group, int slice, entropy_ring & ring, Sink & sink) {
     using traits = entropy_traits<TYPE>;

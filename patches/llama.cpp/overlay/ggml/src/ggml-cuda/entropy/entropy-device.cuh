@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // What the entropy kernels ask of the machine, each in one small function: warp and block operations, shared and global memory,
-// asynchronous copies, bit tricks. Kernels are written in these words only, so they also compile as plain C++, where
-// tests/cuda/simt.h of EntroLLM-GGUF runs every thread of a block in turn and checks every access: that is how they are tested without a GPU.
+// asynchronous copies, bit tricks. Kernels are written in these words only, so they also compile as plain C++, where tests/cuda/simt.h of
+// EntroLLM-GGUF runs every thread of a block in turn and checks every access: that is how they are tested without a GPU.
 //
 // Shared memory is addressed in bytes from the start of the block's dynamic shared memory; there is no other.
 

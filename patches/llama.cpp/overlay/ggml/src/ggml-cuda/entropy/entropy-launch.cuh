@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// How kernels are launched: which instance, how many blocks and warps, how much shared memory. What a launch may depend on is what the host knows:
-// type, ne, nb, and the device. Everything else (tile_cols, modes) the kernels read from the slab.
+// How kernels are launched: which instance, how many blocks and warps, how much shared memory. What a launch may depend on is what the host
+// knows: type, ne, nb, and the device. Everything else (tile_cols, modes) the kernels read from the slab.
 //
 // A launcher is a callable launcher(kernel, grid, n_threads, n_shared, args); on a GPU it launches, in the tests it runs fibers. Its member
 // `early`, with the same arguments, is for kernels that call grid_wait: they may begin before the kernel ahead has ended.
@@ -101,7 +101,8 @@ static bool entropy_launch_decode(
 
 template <ggml_type TYPE, typename Launcher>
 static void entropy_launch_get_rows(
-        const Launcher & launcher, const entropy_get_rows_args & args, int64_t n_ids, int64_t n_cols, int64_t n_slabs, const entropy_tuning & tuning) {
+        const Launcher & launcher, const entropy_get_rows_args & args, int64_t n_ids, int64_t n_cols, int64_t n_slabs,
+        const entropy_tuning & tuning) {
     const int64_t n_slices = entropy_likely_slices(n_cols, args.n_rows, tuning);
     const int n_warps = entropy_even_warps(n_slices, 4);
     const dim3 grid((uint32_t) n_ids, (uint32_t) entropy_ceil_div(n_slices, n_warps), (uint32_t) n_slabs);

@@ -16,7 +16,8 @@
 
 #include "entropy-decode.cuh"
 
-// 32 activations as the kernel reads them: three loads of 16 bytes. EQ4 wants the even columns of eight first, then the odd ones, as nibbles come.
+// 32 activations as the kernel reads them: three loads of 16 bytes. EQ4 wants the even columns of eight first, then the odd ones, as
+// nibbles come.
 struct alignas(16) entropy_block {
     float   scale;
     int32_t start;     // -zero * (sum of the codes)
@@ -211,7 +212,8 @@ static constexpr int entropy_mat_vec_shared_size(int n_warps) {
 
 // What the table and the words wait for is asked for first, all at once, while the kernels ahead may still be at work.
 template <ggml_type TYPE, int N_COLUMNS, int N_TERMS>
-ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const entropy_slab & slab, int group, int64_t column0, float * y, int64_t y1) {
+ENTROPY_DEVICE void entropy_mat_vec_group(const entropy_columns & columns, const entropy_slab & slab, int group, int64_t column0, float * y,
+        int64_t y1) {
     const uint32_t rings = ENTROPY_TABLE_SIZE;
     const uint32_t own   = rings + warp_id()*ENTROPY_RING_SIZE;
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Compressed rows to rows of a stock type: whole row groups for large batches, single rows for GET_ROWS, and what
-// a batch through quantized rows needs beside them.
+// Compressed rows to rows of a stock type: whole row groups for large batches, single rows for GET_ROWS, and what a batch through quantized
+// rows needs beside them.
 //
-// Decoding a tile gives a lane 32 columns of its row at a time. Rows want to be written by neighbouring threads, so a warp collects 32 rows x
-// STAGE_COLS columns in shared memory, turned row by row, and writes them out together.
+// Decoding a tile gives a lane 32 columns of its row at a time. Rows want to be written by neighbouring threads, so a warp collects 32 rows
+// x STAGE_COLS columns in shared memory, turned row by row, and writes them out together.
 
 #pragma once
 
@@ -267,7 +267,8 @@ __global__ void entropy_get_rows(const entropy_get_rows_args args) {
 // ---- batches through rows without offsets --------------------------------------------------------------------------------------------
 
 // How many columns each expert gets. One block.
-static __global__ void entropy_count_routes(const int32_t * ids, int64_t s0, int64_t s1, int n_slots, int n_tokens, int n_experts, int32_t * n_routes) {
+static __global__ void entropy_count_routes(const int32_t * ids, int64_t s0, int64_t s1, int n_slots, int n_tokens, int n_experts,
+        int32_t * n_routes) {
     for (int e = threadIdx.x; e < n_experts; e += blockDim.x) {
         global_store(n_routes + e, 0);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// A slab in device memory, in the device layout (docs/format.md 8), which the host made of a validated slab of the file. Shape and modes are
-// read from its header by the kernels themselves, because the host knows only type, ne and nb: an op must not wait for the device.
+// A slab in device memory, in the device layout (docs/format.md 8), which the host made of a validated slab of the file. Shape and modes
+// are read from its header by the kernels themselves, because the host knows only type, ne and nb: an op must not wait for the device.
 
 #pragma once
 

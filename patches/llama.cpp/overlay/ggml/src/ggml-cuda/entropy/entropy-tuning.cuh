@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Numbers that depend on the device, in one table. bench/gpu of EntroLLM-GGUF measures them; the file with the measurement is named beside a number
-// that comes from one. What is not measured says so.
+// Numbers that depend on the device, in one table. bench/gpu of EntroLLM-GGUF measures them; the file with the measurement is named beside
+// a number that comes from one. What is not measured says so.
 
 #pragma once
 
@@ -20,8 +20,8 @@ struct entropy_tuning {
 // compute_capability: 900 for sm_90, as ggml counts. shared_size: what the device gives a block, after opting in.
 static entropy_tuning entropy_tuning_of(int compute_capability, size_t shared_size, int n_sm) {
     entropy_tuning tuning;
-    // 32 warps on an SM hide the 54 clocks of a code. They may stand in one block: matrices of 4096 rows have 128 row groups, one for each SM
-    // of a large device (bench/results/gpu-h200-first.json). Smaller devices are bound by memory sooner, which is not measured.
+    // 32 warps on an SM hide the 54 clocks of a code. They may stand in one block: matrices of 4096 rows have 128 row groups, one for each
+    // SM of a large device (bench/results/gpu-h200-first.json). Smaller devices are bound by memory sooner, which is not measured.
     tuning.mat_vec_warps = compute_capability == 860 || compute_capability == 890 || compute_capability >= 1200 ? 12 : 32;
     tuning.rows_warps    = 8;
     tuning.n_sm          = n_sm;
