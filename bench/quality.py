@@ -191,7 +191,7 @@ def table(rows: list[dict]) -> str:
     ours = [one for one in ("ours, no data", "ours, own text", "ours, imatrix", "ours, calibration") if one in there]
     lines = [
         "| file | bits per weight | perplexity | KLD mean | median | 99 % | same top token, % | "
-        + " | ".join(one.replace("ours, ", "") for one in ours)
+        + " | ".join(one.replace("ours", "our bits") for one in ours)
         + " |",
         "|---" * (7 + len(ours)) + "|",
     ]

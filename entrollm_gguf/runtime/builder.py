@@ -10,6 +10,7 @@ whole).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -53,7 +54,7 @@ _CMAKE_OPTIONS = {
     # nothing is downloaded while building
     "LLAMA_BUILD_UI": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
-    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_OPENSSL": "OFF",  # but see BuildOptions.https
     "LLAMA_CURL": "OFF",
 }
 _UNITY = Path("cmake", "entropy-unity.cmake")  # in the tree; from the overlay
@@ -83,6 +84,8 @@ class BuildOptions:
     def cmake_options(self) -> dict[str, str]:
         """Cache variables for cmake."""
         options = dict(_CMAKE_OPTIONS)
+        if self.https:
+            options["LLAMA_OPENSSL"] = "ON"
         if self.cuda:
             options |= {"GGML_CUDA": "ON", "GGML_CUDA_NCCL": "OFF", "CMAKE_CUDA_ARCHITECTURES": self.cuda_arch}
         if self.portable:
@@ -105,6 +108,12 @@ class BuildOptions:
             # each half of the tree has options of its own
             options |= {f"{half}_SANITIZE_{check}": "ON" for check in checks for half in ("GGML", "LLAMA")}
         return options | dict(self.cmake)
+
+    @property
+    def https(self) -> bool:
+        """Whether llama.cpp's tools download over HTTPS (`-hf`). They do where OpenSSL can be
+        linked, but not in wheels: one would hold a copy of it that no system updates."""
+        return not self.portable and not self.sanitize and _has_openssl()
 
     @property
     def has_tests(self) -> bool:
@@ -242,6 +251,20 @@ def require_tools(options: BuildOptions) -> Toolchain:
     return Toolchain(_version(found["CXX"]), tuple(others), environment, processor)
 
 
+@functools.cache
+def _has_openssl() -> bool:
+    """Whether the C compiler finds OpenSSL's headers, of version 3 or newer as upstream wants."""
+    compiler = os.environ.get("CC") or _first("cc", "gcc", "clang")
+    if compiler is None:
+        return False
+    program = "#include <openssl/ssl.h>\n#if OPENSSL_VERSION_NUMBER < 0x30000000L\n#error\n#endif\n"
+    command = [*compiler.split(), "-fsyntax-only", "-x", "c", "-"]
+    try:
+        return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
+    except OSError:
+        return False
+
+
 def _first(*names: str) -> str | None:
     return next((name for name in names if shutil.which(name)), None)
 
@@ -327,6 +350,7 @@ def _build_into(
                 "cuda": options.cuda,
                 "cuda_arch": options.cuda_arch if options.cuda else "",
                 "portable": options.portable,
+                "https": options.https,
                 "compiler": toolchain.compiler,
                 "build_seconds": round(time.monotonic() - started, 1),
                 "programs": programs,

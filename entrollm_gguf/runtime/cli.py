@@ -117,6 +117,7 @@ def info(as_json: bool) -> None:
     click.echo(f"CUDA      {f'yes, for {installed.cuda_arch}' if installed.cuda else 'no'}")
     variants = sorted(path.name for path in (installed.folder / "lib").glob("libggml-cpu-*"))
     click.echo(f"CPU       {f'any, {len(variants)} variants' if variants else 'this one'}")
+    click.echo(f"HTTPS     {'yes' if installed.https else 'no: downloads, as by -hf, do not work'}")
     click.echo(f"compiler  {installed.compiler}; built in {installed.build_seconds:.0f} s")
     click.echo(f"package   {installed.folder}")
     click.echo(f"programs  {', '.join(installed.programs)}")

@@ -29,6 +29,7 @@ class RuntimeInfo:
     folder: Path  # the llama_cpp package
     programs: tuple[str, ...]  # in folder/bin
     portable: bool = False  # made for other machines, too, by `entrollm runtime wheel`
+    https: bool = False  # llama.cpp's tools download over HTTPS (`-hf`)
 
 
 def info() -> RuntimeInfo:
@@ -51,6 +52,7 @@ def read_manifest(folder: Path) -> RuntimeInfo:
         return RuntimeInfo(
             data["hash"], data["version"], data["llama_cpp_commit"], data["cuda"], data["cuda_arch"], data["compiler"],
             data["build_seconds"], folder, tuple(data["programs"]), data.get("portable", False),
+            data.get("https", False),
         )  # fmt: skip
     except FileNotFoundError as error:
         raise RuntimeMissingError(f"the installed llama-cpp-python is the stock one; {_REMEDY} to replace it") from error
