@@ -77,6 +77,17 @@ def test_everything_that_goes_in_changes_the_hash(patches):
     assert len(seen) == 15
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_https_where_openssl_is_found(patches, monkeypatch, found):
+    """Headers that are installed later make another build; wheels and sanitizers do without."""
+    monkeypatch.setattr(builder, "_has_openssl", lambda: not found)
+    before = digest(patches)
+    monkeypatch.setattr(builder, "_has_openssl", lambda: found)
+    assert BuildOptions().cmake_options()["LLAMA_OPENSSL"] == ("ON" if found else "OFF") and digest(patches) != before
+    for options in (BuildOptions(portable=True), BuildOptions(sanitize="address")):
+        assert options.cmake_options()["LLAMA_OPENSSL"] == "OFF"
+
+
 def test_assemble(patches, source, tmp_path):
     target = tmp_path / "tree"
     tree.assemble(source, patches, target)
@@ -337,6 +348,19 @@ def test_the_pin(tmp_path):
     (tmp_path / "UPSTREAM").write_text("package = ")
     with pytest.raises(BuildError, match="UPSTREAM"):
         read_pin(tmp_path)
+
+
+def test_lines_of_c_sources_have_150_columns_at_most():
+    root = paths.patches_folder().parents[1]
+    sources = (path for folder in ("patches", "bench", "tests") for path in (root / folder).rglob("*"))
+    lines = {
+        f"{path.relative_to(root)}:{number}"
+        for path in sources
+        if path.is_file() and path.suffix in (".c", ".h", ".cpp", ".cu", ".cuh")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 150
+    }
+    assert not lines
 
 
 PATCHES = tree.series(paths.patches_folder())
