@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Speed of the CPU kernels. `python bench/kernels.py OUT.json [REPEATS]`, a quarter of an hour on
-two cores.
+two cores; with `one` behind REPEATS the products of one column alone, a few minutes.
 
 One column: decoding and multiplying by one column of activations, one thread, at every kernel
 level, for matrices of EQ8 at several entropies beside Q8_0 in the same run; and the portable
@@ -139,14 +139,14 @@ def products(repeats: int) -> list[dict]:
     return rows
 
 
-def main(out: Path, repeats: int) -> None:
-    """Measure both."""
-    begun = provenance(f"python bench/kernels.py OUT.json {repeats}")
-    report = {**begun, "one_column": one_column(repeats), "products": products(repeats)}
+def main(out: Path, repeats: int, one: bool) -> None:
+    """Measure both, or products of one column alone."""
+    begun = provenance(f"python bench/kernels.py OUT.json {repeats}" + (" one" if one else ""))
+    report = {**begun, "one_column": one_column(repeats), **({} if one else {"products": products(repeats)})}
     out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if not 2 <= len(sys.argv) <= 4 or sys.argv[3:] not in ([], ["one"]):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 3)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3, len(sys.argv) == 4)
