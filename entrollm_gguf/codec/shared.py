@@ -52,6 +52,11 @@ class EntropyType(enum.IntEnum):
         """Whether a weight is a code with a scale; if not, it is a bf16, bit by bit."""
         return self is not EntropyType.EBF16
 
+    @property
+    def rest_bits(self) -> int:
+        """Bits of a weight that are stored beside its code: sign and mantissa of a bf16."""
+        return 0 if self.is_quantized else 8
+
 
 #: From here on, an f32 rounds to an infinite f16.
 F16_OVERFLOW = 65520.0

@@ -21,7 +21,7 @@ class TensorRecord:
     shape: tuple[int, ...]  # numpy order
     n_bytes: int
     scheme: str  # as the file's metadata tells it: the grid that was chosen, or why there is none
-    entropy_bits: float | None = None  # of the codes, whole tensor; None for stock types
+    entropy_bits: float | None = None  # of the codes and with what is stored beside them, whole tensor; None for stock types
     coded_bits: int | None = None  # of the codes alone
     coarse_rows: int = 0  # rows that are too small for an f16 scale, so that their weights are all but lost
     scale_error: float | None = None  # of a checkpoint's own codes: the largest relative rounding of their scales
@@ -82,8 +82,9 @@ def encode_tensor(
     payload = codec.Payload(kind, encoded.payload, weights.shape, name, label=f"tensor {name}")
     if not np.array_equal(payload.codes(threads), quantized.codes) or not np.array_equal(payload.rests(), quantized.rests):
         raise ConversionError(f"tensor {name}: decodes to other codes than were encoded; this is a bug, please report it")
+    entropy_bits = encoded.entropy_bits + weights.size * kind.rest_bits
     record = TensorRecord(
-        name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, encoded.entropy_bits, encoded.coded_bits,
+        name, kind.name, tuple(weights.shape), encoded.payload.size, quantized.scheme, entropy_bits, encoded.coded_bits,
         quantized.n_coarse, quantized.scale_error, _error(weights, quantized) if measure else None,
     )  # fmt: skip
     return encoded.payload, record

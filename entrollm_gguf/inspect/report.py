@@ -23,7 +23,7 @@ class TensorReport:
     shape: tuple[int, ...]  # numpy order: rows before columns
     n_bytes: int
     bits_per_weight: float
-    entropy: float | None = None  # bits per weight of an ideal memoryless coder of the same codes
+    entropy: float | None = None  # bits per weight of an ideal memoryless coder of the same codes, and those stored beside them
     raw_bits: float | None = None  # bits that every weight has; weights without a tail have no others
     tail_planes: float | None = None  # bits of the longest tail, which are bit planes in the file
     tail_percent: float | None = None  # weights that have a tail, far ones included
@@ -111,7 +111,7 @@ def _inspect_tensor(model: ModelFile, entry: TensorEntry, scheme: str | None, th
         entry.shape,
         entry.n_bytes,
         bits,
-        entropy=sum(map(codec.entropy_bits, counts)) / entry.n_elements,
+        entropy=sum(map(codec.entropy_bits, counts)) / entry.n_elements + entry.kind.rest_bits,
         raw_bits=sum(code.raw_bits for code in of_slabs) / len(of_slabs),
         tail_planes=sum(code.n_planes for code in of_slabs) / len(of_slabs),
         tail_percent=(sum(one.tail for one in used) + far) / entry.n_elements * 100,

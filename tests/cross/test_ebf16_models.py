@@ -4,6 +4,7 @@ in two thirds of their size."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from entrollm_gguf.convert.pipeline import convert_model
 from entrollm_gguf.gguf_io.patched import import_gguf
 from entrollm_gguf.gguf_io.reader import open_model
 from entrollm_gguf.inspect.decode import decode_file
+from entrollm_gguf.inspect.report import inspect_file
 from entrollm_gguf.inspect.verify import verify_file
 
 
@@ -53,6 +55,17 @@ def test_every_mode_decodes_it(converted, tmp_path, name):
     for mode in ("load", "fused", "auto"):
         assert np.array_equal(logits(coded, kv_overrides={"entropy.mode": mode}), expected), mode
     assert np.array_equal(logits(coded, use_mmap=False), expected)
+
+
+def test_the_entropy_counts_what_is_not_coded(converted, tmp_path, capsys, tiny_model):
+    """Sign and mantissa are stored as they are: 8 bits beside the exponent's."""
+    from entrollm_gguf.cli import main
+
+    report = inspect_file(converted("llama", "EBF16"))
+    assert 8 < report.coded_entropy < report.coded_bits_per_weight < 16
+    assert main(["convert", str(tiny_model("llama").folder), str(tmp_path / "m.gguf"), "--recipe", "EBF16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["entropy_bits_per_weight"] == pytest.approx(report.coded_entropy)
 
 
 def test_gguf_py_reads_it(converted):
