@@ -63,7 +63,7 @@ test-upstream: runtime-tests ## all of upstream's test-backend-ops on the CPU; a
 	    code=$$?; grep -a "FAIL" build/test-upstream.log; tail -n 3 build/test-upstream.log; exit $$code
 
 test-wheels: runtime-tests wheels ## those wheels in an environment of their own, without compiler: every tool, every CPU variant that runs here
-	ENTROLLM_WHEELS=build/wheels $(BIN)/python -m pytest -n 0 tests/cross/test_wheels.py
+	ENTROLLM_WHEELS=build/wheels $(if $(wildcard build/wheels-cuda/index.html),ENTROLLM_CUDA_WHEELS=build/wheels-cuda) $(BIN)/python -m pytest -n 0 tests/cross/test_wheels.py
 
 fuzz: runtime-tests ## damaged files and random codes with fresh seeds for FUZZ_MINUTES (5), under AddressSanitizer and UBSan
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_MINUTES)

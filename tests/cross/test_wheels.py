@@ -4,7 +4,9 @@ nothing but the index (`make test-wheels`).
 
 ENTROLLM_WHEELS names the index folder that `entrollm runtime wheel` wrote. Without it, all but one
 of these tests are skipped: wheels take half an hour to build. What comes out is compared with the
-runtime of this environment, which was compiled for this processor alone."""
+runtime of this environment, which was compiled for this processor alone.
+
+ENTROLLM_CUDA_WHEELS names an index folder of wheels with CUDA, whose tests need no GPU."""
 
 from __future__ import annotations
 
@@ -34,6 +36,8 @@ from entrollm_gguf.runtime.wheels import LINKED_TO_CPU, TOOLS
 
 INDEX = Path(os.environ["ENTROLLM_WHEELS"]).resolve() if os.environ.get("ENTROLLM_WHEELS") else None
 needs_wheels = pytest.mark.skipif(INDEX is None, reason="no wheels; make test-wheels builds them")
+CUDA_INDEX = Path(os.environ["ENTROLLM_CUDA_WHEELS"]).resolve() if os.environ.get("ENTROLLM_CUDA_WHEELS") else None
+needs_cuda_wheels = pytest.mark.skipif(CUDA_INDEX is None, reason="no wheels with CUDA; docs/wheels.md says how to build them")
 
 # Upstream's variants from the weakest to the strongest, with what the processor must have, as Linux
 # names it (ggml/src/CMakeLists.txt and
@@ -391,3 +395,52 @@ def test_a_library_in_the_current_folder_is_not_run(request, tmp_path, which):
     result = subprocess.run([folder / "llama-bench", "--list-devices"], cwd=strange, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not (strange / "ran").exists()
+
+
+# ---- with CUDA -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare_cuda(tmp_path_factory) -> Iterator[Bare]:
+    """The runtime's wheel with CUDA and what pip fetches for it; a gigabyte."""
+    here = Bare(tmp_path_factory.mktemp("cuda") / "venv")
+    subprocess.run([sys.executable, "-m", "venv", here.folder], check=True)
+    (wheel,) = CUDA_INDEX.glob("llama-cpp-python/*.whl")
+    usual = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "XDG_"))}
+    pip = ("python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary", ":all:")
+    here.run(*pip, "--cache-dir", Path.home() / ".cache" / "pip", wheel, **usual)
+    yield here
+    shutil.rmtree(here.folder)
+
+
+def first_words(bare: Bare, coded: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ("llama-completion", "-m", coded, "-p", "The python", "-n", "8", "-t", "2", "-no-cnv", "--temp", "0", "-v")
+    return bare.run(*command, **environment)
+
+
+@needs_cuda_wheels
+def test_without_a_driver_the_cpu_does_it(bare_cuda, model):
+    """CUDA's libraries are those of NVIDIA's packages; none is in the wheel."""
+    assert [path.name for path in bare_cuda.package.rglob("libcu*")] == []
+    assert (bare_cuda.package / "lib" / "libggml-cuda.so").exists()
+    result = first_words(bare_cuda, model)
+    assert "The python" in result.stdout
+    assert "loaded CPU backend" in result.stderr and "loaded CUDA backend" not in result.stderr
+
+
+@needs_cuda_wheels
+def test_all_that_it_needs_of_cuda_is_found(bare_cuda, model, tmp_path):
+    """With a stand-in for the driver, which fails at whatever it is asked, the library is loaded,
+    every symbol bound at once, and the CPU still does the work."""
+    compiler, reader = shutil.which("cc"), shutil.which("nm")
+    if compiler is None or reader is None:
+        pytest.skip("needs a compiler, and nm")
+    wanted = subprocess.run(
+        [reader, "-D", "--undefined-only", bare_cuda.package / "lib" / "libggml-cuda.so"], capture_output=True, text=True, check=True
+    ).stdout
+    source = tmp_path / "driver.c"
+    source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in re.findall(r"\bU (cu[A-Z]\w*)$", wanted, re.MULTILINE)))
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", tmp_path / "libcuda.so.1"], check=True)
+    result = first_words(bare_cuda, model, LD_LIBRARY_PATH=str(tmp_path), LD_BIND_NOW="1")
+    assert "The python" in result.stdout
+    assert "loaded CUDA backend" in result.stderr, result.stderr[-2000:]
