@@ -233,7 +233,7 @@ def require_tools(options: BuildOptions) -> Toolchain:
     Raises:
         BuildError: naming what is missing and how to get it.
     """
-    found = {"CXX": os.environ.get("CXX") or _first("c++", "g++", "clang++"), "CC": os.environ.get("CC") or _first("cc", "gcc", "clang")}
+    found = {"CXX": os.environ.get("CXX") or _first("c++", "g++", "clang++"), "CC": _c_compiler()}
     for language, command in (("C++", found["CXX"]), ("C", found["CC"])):
         if not command or shutil.which(command.split()[0]) is None:
             raise BuildError(f"no {language} compiler; install one (apt-get install build-essential)")
@@ -251,10 +251,14 @@ def require_tools(options: BuildOptions) -> Toolchain:
     return Toolchain(_version(found["CXX"]), tuple(others), environment, processor)
 
 
+def _c_compiler() -> str | None:
+    return os.environ.get("CC") or _first("cc", "gcc", "clang")
+
+
 @functools.cache
 def _has_openssl() -> bool:
     """Whether the C compiler finds OpenSSL's headers, of version 3 or newer as upstream wants."""
-    compiler = os.environ.get("CC") or _first("cc", "gcc", "clang")
+    compiler = _c_compiler()
     if compiler is None:
         return False
     program = "#include <openssl/ssl.h>\n#if OPENSSL_VERSION_NUMBER < 0x30000000L\n#error\n#endif\n"

@@ -4,6 +4,7 @@ load."""
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 
@@ -28,6 +29,23 @@ def test_fused_logits(converted, tmp_path, name, recipe):
     """The overlay's own test: fused against the decoded-back file without repacking, all load
     modes, `auto`."""
     check(converted(name, recipe), tmp_path, BOUNDS[recipe])
+
+
+# x86's products for one column and for several (llamafile's) sum in one order
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere ggml's products for several columns sum in another order")
+@pytest.mark.parametrize("recipe", ["EQ8-rows", "EQ4-rows"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_stock_products_logits_are_those_of_load_mode(converted, tmp_path, monkeypatch, name, recipe):
+    """Bit by bit: nothing but the order of sums tells fused mode from the stock types."""
+    monkeypatch.setenv("GGML_ENTROPY_PRODUCTS", "stock")
+    check(converted(name, recipe), tmp_path, 0)
+
+
+@pytest.mark.parametrize("recipe", ["EQ8-paper", "EQ4-paper"])
+def test_stock_products_with_offsets(converted, tmp_path, monkeypatch, recipe):
+    """F16 and Q4_1: ggml has several products of F16, which sum differently."""
+    monkeypatch.setenv("GGML_ENTROPY_PRODUCTS", "stock")
+    check(converted("mistral", recipe), tmp_path, 1e-4)
 
 
 def test_four_bits_with_offsets_are_nearer_to_f32_than_q4_1_is(converted, tmp_path):

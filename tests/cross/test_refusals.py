@@ -263,6 +263,7 @@ def test_a_kernel_level_that_is_none(converted, mode):
         ("GGML_ENTROPY_MEMORY_MIB", "4G", "a number of MiB"),
         ("GGML_ENTROPY_MEMORY_MIB", "-1", "a number of MiB"),
         ("GGML_ENTROPY_MEMORY_MIB", "nan", "a number of MiB"),
+        ("GGML_ENTROPY_PRODUCTS", "theirs", "own or stock"),
     ],
 )
 def test_a_value_that_the_switch_does_not_know(converted, name, value, allowed):

@@ -298,7 +298,7 @@ PROCESSORS = {
     "SandyBridge": ("sandybridge", "generic"),
     "IvyBridge": ("ivybridge", "generic"),
     "Haswell": ("haswell", "avx2"),
-    "max": ("haswell", "generic"),
+    "max": ("haswell", "avx2-nopdep"),
 }
 
 

@@ -238,6 +238,10 @@ _add("q4-body-ones", "bad-stream", lambda d: _fill(d, lambda body: body * 0 + 25
 # row 3 of the last group is the first one that does not exist: its weights are those from 12 on, in
 # the nibbles' bytes from 12 on
 _add("missing-row-not-zero", "bad-stream", lambda d: _put_in(BODY, "B", 8 * _begin(d, 2) + 12, 1)(d), verdict="accept")
+_add(
+    "missing-row-not-zero-in-bytes", "bad-stream", lambda d: _put_in(BODY, "B", 8 * _begin(d, 2) + 12, 1)(d), verdict="accept",
+    code=make_code(8, 0, 0, -128),
+)  # fmt: skip
 _add("group-longer", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail + bytes(8) + far), verdict="accept")
 _add("group-shorter", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail[:-8] + far), verdict="accept")
 _add("unused-bit-behind-the-tail", "bad-stream", lambda d: _regroup(d, lambda tail, far: tail[:-1] + b"\x80" + far), verdict="accept")

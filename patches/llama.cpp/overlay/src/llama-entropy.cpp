@@ -31,6 +31,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -244,6 +245,31 @@ static size_t memory_limit() {
     }
 #endif
     return limit;
+}
+
+#if defined(__linux__)
+static bool cpu_is_numa() {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_reg_t reg = cpu == nullptr ? nullptr : ggml_backend_dev_backend_reg(cpu);
+    const auto is_numa = reg == nullptr ? nullptr : (bool (*)()) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_is_numa");
+    return is_numa != nullptr && is_numa();
+}
+#endif
+
+void llama_entropy::read_ahead(const llama_model_loader & ml) {
+#if defined(__linux__)
+    if (!ml.use_mmap || cpu_is_numa()) { // each node of a NUMA system is to read its own pages (llama_mmap)
+        return;
+    }
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (ggml_entropy_is_type(weight.tensor->type)) {
+            // an error means that it is read later
+            posix_fadvise(ml.files.at(weight.idx)->file_id(), (off_t) weight.offs, (off_t) ggml_nbytes(weight.tensor), POSIX_FADV_WILLNEED);
+        }
+    }
+#else
+    GGML_UNUSED(ml);
+#endif
 }
 
 // Once, before the first tensor: the switch, a header of every entropy-coded tensor of the file, and whether all would fit if decoded.

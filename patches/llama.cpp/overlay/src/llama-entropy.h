@@ -56,6 +56,10 @@ void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target);
 bool llama_entropy_to_float(const ggml_tensor * tensor, const void * data, float * out);
 
 struct llama_entropy {
+    // If the file is to be mapped, let the system begin to read the entropy-coded tensors, while the vocabulary is loaded. Stock tensors wait
+    // until they are mapped, behind the vocabulary; but of ours, the headers are read before that, one by one, which takes its time.
+    static void read_ahead(const llama_model_loader & ml);
+
     // GGML_ENTROPY_MODE in the environment, or the metadata override entropy.mode, which wins.
     enum mode_t { MODE_AUTO, MODE_LOAD, MODE_FUSED };
 

@@ -9,71 +9,177 @@
 
 #include <string.h>
 
+// ---- bytes in registers ------------------------------------------------------------------------------------------------------------
+
+// Some bytes of a unit in one register: 16 with SSE2, which every x86-64 has, 8 elsewhere. Shifts are those of 64-bit words: what they
+// move from one byte to the next is masked away.
 #if defined(__SSE2__) || defined(_M_X64)
-#define HAVE_SSE2
 #include <emmintrin.h>
+
+#define PART_SIZE 16
+typedef __m128i part;
+
+static inline part part_load(const void * from) {
+    return _mm_loadu_si128((const __m128i *) from);
+}
+
+static inline void part_store(part v, void * to) {
+    _mm_storeu_si128((__m128i *) to, v);
+}
+
+static inline part part_of_words(const uint64_t words[PART_SIZE / 8]) {
+    return _mm_set_epi64x((long long) words[1], (long long) words[0]);
+}
+
+static inline part part_repeat(int n) {
+    return _mm_set1_epi8((char) n);
+}
+
+// Of bytes whose sums are at most 255.
+static inline part part_add(part a, part b) {
+    return _mm_add_epi8(a, b);
+}
+
+// Of all bytes, modulo 256.
+static inline part part_add_modulo(part a, part b) {
+    return _mm_add_epi8(a, b);
+}
+
+static inline part part_and(part a, part b) {
+    return _mm_and_si128(a, b);
+}
+
+static inline part part_or(part a, part b) {
+    return _mm_or_si128(a, b);
+}
+
+static inline part part_left(part v, int n) {
+    return _mm_sll_epi64(v, _mm_cvtsi32_si128(n));
+}
+
+static inline part part_right(part v, int n) {
+    return _mm_srl_epi64(v, _mm_cvtsi32_si128(n));
+}
+
+// Bit i: the top bit of byte i.
+static inline uint64_t part_top_bits(part v) {
+    return (uint64_t) (uint32_t) _mm_movemask_epi8(v);
+}
+#else
+#define PART_SIZE 8
+typedef uint64_t part;
+
+static inline part part_load(const void * from) {
+    part v;
+    memcpy(&v, from, PART_SIZE);
+    return v;
+}
+
+static inline void part_store(part v, void * to) {
+    memcpy(to, &v, PART_SIZE);
+}
+
+static inline part part_of_words(const uint64_t words[PART_SIZE / 8]) {
+    return words[0];
+}
+
+static inline part part_repeat(int n) {
+    return (uint8_t) n * UINT64_C(0x0101010101010101);
+}
+
+static inline part part_add(part a, part b) {
+    return a + b;
+}
+
+static inline part part_add_modulo(part a, part b) {
+    const uint64_t low = UINT64_C(0x7f7f7f7f7f7f7f7f); // top bits apart, so that nothing is carried into the next byte
+    return ((a & low) + (b & low)) ^ ((a ^ b) & ~low);
+}
+
+static inline part part_and(part a, part b) {
+    return a & b;
+}
+
+static inline part part_or(part a, part b) {
+    return a | b;
+}
+
+static inline part part_left(part v, int n) {
+    return v << n;
+}
+
+static inline part part_right(part v, int n) {
+    return v >> n;
+}
+
+static inline uint64_t part_top_bits(part v) {
+    return ((v >> 7 & UINT64_C(0x0101010101010101)) * UINT64_C(0x0102040810204080)) >> 56; // gathered in the top byte
+}
 #endif
 
-// Raw numbers of a unit, one byte each (5.6); fewer than 8 bits of them.
-static void unpack_raw(int raw_bits, const uint8_t * raw, uint8_t r[UNIT]) {
+#define N_PARTS (UNIT / PART_SIZE)
+
+// Bit i: the top bit of byte i of a unit.
+static inline uint64_t top_bits(const part v[N_PARTS]) {
+    uint64_t bits = 0;
+    for (int i = 0; i < N_PARTS; i++) {
+        bits |= part_top_bits(v[i]) << PART_SIZE * i;
+    }
+    return bits;
+}
+
+// Bit at + i of every byte.
+static inline part part_field(part v, int at, int n_bits) {
+    return part_and(part_right(v, at), part_repeat((1 << n_bits) - 1));
+}
+
+// ---- raw bits ----------------------------------------------------------------------------------------------------------------------
+
+// Raw numbers of a unit, one byte each (5.6).
+static inline void unpack_raw(int raw_bits, const uint8_t * raw, part r[N_PARTS]) {
     int shift = 0;
-    memset(r, 0, UNIT);
+    for (int i = 0; i < N_PARTS; i++) {
+        r[i] = raw_bits & 8 ? part_load(raw + PART_SIZE * i) : part_repeat(0);
+    }
     if (raw_bits & 4) {
-        for (int i = 0; i < 32; i++) {
-            r[i]      = raw[i] & 15;
-            r[i + 32] = raw[i] >> 4;
+        for (int i = 0; i < N_PARTS / 2; i++) {
+            const part v = part_load(raw + PART_SIZE * i);
+            r[i]               = part_field(v, 0, 4);
+            r[i + N_PARTS / 2] = part_field(v, 4, 4);
         }
         raw  += 32;
         shift = 4;
     }
     if (raw_bits & 2) {
-        // eight bytes at a time: pair `part` of each is moved to the lowest bits, then to its place
-        for (int half = 0; half < 2; half++) {
-            uint64_t pairs;
-            memcpy(&pairs, raw + 8 * half, 8);
-            for (int part = 0; part < 4; part++) {
-                uint64_t bytes;
-                memcpy(&bytes, r + 16 * part + 8 * half, 8);
-                bytes |= (pairs >> 2 * part & 0x0303030303030303) << shift;
-                memcpy(r + 16 * part + 8 * half, &bytes, 8);
-            }
+        for (int i = 0; i < N_PARTS; i++) {
+            const part v = part_load(raw + PART_SIZE * i % 16);
+            r[i] = part_or(r[i], part_left(part_field(v, 2 * (PART_SIZE * i / 16), 2), shift));
         }
         raw   += 16;
         shift += 2;
     }
     if (raw_bits & 1) {
-        for (int part = 0; part < 8; part++) {
-            // bit i of eight copies of the byte, moved to the lowest bit of byte i: a byte with one bit set carries into its top bit
-            const uint64_t bits = (uint64_t) raw[part] * 0x0101010101010101 & 0x8040201008040201;
-            const uint64_t ones = (bits + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
-            uint64_t bytes;
-            memcpy(&bytes, r + 8 * part, 8);
-            bytes |= ones << shift;
-            memcpy(r + 8 * part, &bytes, 8);
+        for (int i = 0; i < N_PARTS; i++, raw += PART_SIZE / 8) {
+            uint64_t words[PART_SIZE / 8];
+            for (int j = 0; j < PART_SIZE / 8; j++) {
+                words[j] = raw[j] * UINT64_C(0x0101010101010101) & UINT64_C(0x8040201008040201); // bit k of the byte stays in byte k
+            }
+            const part carried = part_add(part_of_words(words), part_repeat(127)); // its top bit is set where that bit is
+            r[i] = part_or(r[i], part_and(part_right(carried, 7 - shift), part_repeat(1 << shift)));
         }
     }
 }
 
 // Bit i: is r[i] at least `direct`? r < 128 and direct <= 127 here.
-static uint64_t mask_at_least(const uint8_t r[UNIT], int direct) {
-    uint64_t mask = 0;
-#ifdef HAVE_SSE2 // every x86-64
-    const __m128i last = _mm_set1_epi8((char) (direct - 1));
-    for (int part = 0; part < 4; part++) {
-        const __m128i more = _mm_cmpgt_epi8(_mm_loadu_si128((const __m128i *) (r + 16 * part)), last);
-        mask |= (uint64_t) (uint32_t) _mm_movemask_epi8(more) << 16 * part;
+static inline uint64_t mask_at_least(const part r[N_PARTS], int direct) {
+    part v[N_PARTS];
+    for (int i = 0; i < N_PARTS; i++) {
+        v[i] = part_add(r[i], part_repeat(128 - direct));
     }
-#else
-    for (int part = 0; part < 8; part++) {
-        uint64_t bytes;
-        memcpy(&bytes, r + 8 * part, 8);
-        const uint64_t high = (bytes + 0x0101010101010101 * (uint64_t) (128 - direct)) & 0x8080808080808080;
-        // gathers the top bits of the bytes in the top byte
-        mask |= ((high >> 7) * 0x0102040810204080 >> 56) << 8 * part;
-    }
-#endif
-    return mask;
+    return top_bits(v);
 }
+
+// ---- tails -------------------------------------------------------------------------------------------------------------------------
 
 static inline int lowest_bit(uint64_t x) {
 #if defined(__GNUC__)
@@ -87,11 +193,15 @@ static inline int lowest_bit(uint64_t x) {
 #endif
 }
 
-static inline int count_bits(uint64_t x) {
+// Set bits of each byte.
+static inline uint64_t count_bits_of_bytes(uint64_t x) {
     x -= x >> 1 & 0x5555555555555555;
     x  = (x & 0x3333333333333333) + (x >> 2 & 0x3333333333333333);
-    x  = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
-    return (int) (x * 0x0101010101010101 >> 56);
+    return (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+}
+
+static inline int count_bits(uint64_t x) {
+    return (int) (count_bits_of_bytes(x) * 0x0101010101010101 >> 56);
 }
 
 // 64 bits of the tail; reads 9 bytes.
@@ -152,13 +262,34 @@ static inline struct unit_planes read_planes(struct ggml_entropy_stream * s, int
     return p;
 }
 
-// The weights that go on after the first digit, of those that are open: a bit of the plane for each.
+// A mask of 8 bits to 8 bytes: where bit i is set, byte i has one bit, that of its rank, the number of set bits below.
+#define BIT(m, i)  ((m) >> (i) & 1)
+#define SUM2(m, i) (BIT(m, i) + BIT(m, (i) + 1))
+#define RANKED(m, i, rank) ((uint64_t) BIT(m, i) << (8 * (i) + (rank)))
+#define RANKS(m) ( \
+    RANKED(m, 0, 0)                    | RANKED(m, 1, BIT(m, 0))                           | \
+    RANKED(m, 2, SUM2(m, 0))           | RANKED(m, 3, SUM2(m, 0) + BIT(m, 2))              | \
+    RANKED(m, 4, SUM2(m, 0) + SUM2(m, 2)) | RANKED(m, 5, SUM2(m, 0) + SUM2(m, 2) + BIT(m, 4)) | \
+    RANKED(m, 6, SUM2(m, 0) + SUM2(m, 2) + SUM2(m, 4)) | RANKED(m, 7, SUM2(m, 0) + SUM2(m, 2) + SUM2(m, 4) + BIT(m, 6)))
+#define RANKS4(m)  RANKS(m),   RANKS((m) + 1),   RANKS((m) + 2),   RANKS((m) + 3)
+#define RANKS16(m) RANKS4(m),  RANKS4((m) + 4),  RANKS4((m) + 8),  RANKS4((m) + 12)
+#define RANKS64(m) RANKS16(m), RANKS16((m) + 16), RANKS16((m) + 32), RANKS16((m) + 48)
+static const uint64_t bit_of_rank[256] = { RANKS64(0), RANKS64(64), RANKS64(128), RANKS64(192) };
+
+// The weights that go on after the first digit, of those that are open: a bit of the plane for each. What pdep does in one instruction:
+// eight weights at a time, each looks at the bit of its rank. No branches: how many weights are open cannot be foretold.
 static inline uint64_t spread(uint64_t open, uint64_t plane) {
-    uint64_t on = 0;
-    for (; open != 0; open &= open - 1, plane >>= 1) {
-        on |= open & (0 - open) & (0 - (plane & 1));
+    const uint64_t below = count_bits_of_bytes(open) * 0x0101010101010100; // byte i: open weights before it, at most 56
+    part v[N_PARTS];
+    for (int i = 0; i < N_PARTS; i++) {
+        uint64_t words[PART_SIZE / 8];
+        for (int j = 0; j < PART_SIZE / 8; j++) {
+            const int at = PART_SIZE * i + 8 * j;
+            words[j] = (plane >> (below >> at & 63) & 255) * UINT64_C(0x0101010101010101) & bit_of_rank[open >> at & 255];
+        }
+        v[i] = part_add(part_of_words(words), part_repeat(127)); // the top bit is set where any is
     }
-    return on;
+    return top_bits(v);
 }
 
 // Class of the next open weight, the number of classes if it is far; takes its bits out of all planes but the first. No branches: whether a
@@ -179,13 +310,12 @@ static inline int next_class(struct unit_planes * p, int n_single) {
 // Weights of a unit that have a class or are far, by their planes; out holds r + base for all. With `any_far` false none of them is far.
 // Returns those that are.
 static inline uint64_t add_classes(
-        uint64_t open, struct unit_planes planes, const uint8_t r[UNIT], const uint8_t addend[], int n_single, int n_classes, bool any_far,
-        int8_t * out) {
+        uint64_t open, struct unit_planes planes, const uint8_t addend[], int n_single, int n_classes, bool any_far, int8_t * out) {
     uint64_t far = 0;
     for (; open != 0; open &= open - 1) {
         const int i = lowest_bit(open);
         const int c = next_class(&planes, n_single);
-        out[i] = (int8_t) (uint8_t) (r[i] + addend[c]);
+        out[i] = (int8_t) (uint8_t) ((uint8_t) out[i] + addend[c]);
         if (any_far) {
             far |= (uint64_t) (c == n_classes) << i;
         }
@@ -197,19 +327,19 @@ static inline uint64_t add_classes(
 static inline void decode_shape(
         const struct ggml_entropy_code * code, struct ggml_entropy_stream * s, int n_units, int8_t * out, int n_single, int n_classes) {
     const int direct = direct_codes(code);
-    uint8_t addend[GGML_ENTROPY_MAX_CLASSES + 1] = { 0 }; // what is added to r, by class; 0 for far ones
+    uint8_t addend[GGML_ENTROPY_MAX_CLASSES + 1] = { 0 }; // what is added to r + base, by class; 0 for far ones
     for (int c = 0; c < n_classes; c++) {
-        addend[c] = (uint8_t) (code->class_base[c] - direct);
+        addend[c] = (uint8_t) (code->class_base[c] - direct - code->base);
     }
     for (int u = 0; u < n_units; u++, s->unit++, out += UNIT) {
-        uint8_t r[UNIT];
+        part r[N_PARTS];
         unpack_raw(code->raw_bits, s->raw, r);
         s->raw += 8 * code->raw_bits;
         if (s->unit % GGML_ENTROPY_CLAMP_UNITS == 0) {
             s->pos = MIN(s->pos, s->end);
         }
-        for (int i = 0; i < UNIT; i++) {
-            out[i] = (int8_t) (uint8_t) (r[i] + (uint8_t) code->base);
+        for (int i = 0; i < N_PARTS; i++) {
+            part_store(part_add_modulo(r[i], part_repeat(code->base)), out + PART_SIZE * i);
         }
         uint64_t open = mask_at_least(r, direct);
         if (open == 0) {
@@ -220,10 +350,10 @@ static inline void decode_shape(
             open = spread(open, planes.single[0]); // class 0 of this shape continues the direct codes
         }
         if ((planes.digit[1][0] & planes.digit[1][1]) == 0) {
-            add_classes(open, planes, r, addend, n_single, n_classes, false, out);
+            add_classes(open, planes, addend, n_single, n_classes, false, out);
             continue;
         }
-        for (uint64_t far = add_classes(open, planes, r, addend, n_single, n_classes, true, out); far != 0; far &= far - 1) {
+        for (uint64_t far = add_classes(open, planes, addend, n_single, n_classes, true, out); far != 0; far &= far - 1) {
             out[lowest_bit(far)] = s->far > s->tail ? (int8_t) *--s->far : 0;
             s->n_far++;
         }

@@ -584,8 +584,12 @@ enum ggml_entropy_status ggml_entropy_verify_hash(const struct ggml_entropy_view
 // Rows that fill up the last group hold r = 0.
 static bool fill_is_zero(int raw_bits, const uint8_t * raw, int64_t n_units, int n_rows) {
     for (int64_t u = 0; u < n_units && n_rows < GROUP_ROWS; u++, raw += 8 * raw_bits) {
+        part    parts[N_PARTS];
         uint8_t r[UNIT];
-        unpack_raw(raw_bits, raw, r);
+        unpack_raw(raw_bits, raw, parts);
+        for (int i = 0; i < N_PARTS; i++) {
+            part_store(parts[i], r + PART_SIZE * i);
+        }
         if (!all_zero(r + n_rows * UNIT_COLS, UNIT - n_rows * UNIT_COLS)) {
             return false;
         }

@@ -10,6 +10,9 @@
 // sum(w*x) = s*sum(q*x) + o*sum(x), where x are the quantized ones. And a column is quantized twice, first itself and then what the first
 // time left over, which makes it nearly exact: 8 bits alone cost 0.5 % of perplexity against F16 (docs/decisions.md).
 //
+// With GGML_ENTROPY_PRODUCTS=stock a row group is decoded to the stock type that load mode decodes to, and multiplied by ggml's own product of
+// that type: the sums of load mode, bit by bit, where load mode comes to that product, too.
+//
 // A weight in the device layout can come here, too: the scheduler copies one from a GPU for an op that the GPU does not do, and
 // test-backend-ops copies all. Such slabs are decoded row by row, plainly.
 //
@@ -21,6 +24,7 @@
 
 #include "ggml-cpu.h"
 #include "../../ggml-entropy-lanes.h"
+#include "../../ggml-entropy-switch.h"
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
@@ -29,6 +33,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 static constexpr int ROWS  = GGML_ENTROPY_GROUP_ROWS;
 static constexpr int UNIT  = GGML_ENTROPY_UNIT;
@@ -36,6 +41,10 @@ static constexpr int CHUNK = GGML_ENTROPY_MAX_UNITS; // units that are decoded a
 
 // int8 columns that stand for one column, if the weights have offsets.
 static constexpr int MAX_TERMS = 2;
+
+// Bytes of a weight, or of a column's value, in any stock type that coded weights decode to, or that its products take.
+static constexpr int MAX_WEIGHT = sizeof(ggml_fp16_t);
+static_assert(MAX_WEIGHT*QK8_0 >= sizeof(block_q8_0) && MAX_WEIGHT*QK8_1 >= sizeof(block_q8_1) && MAX_WEIGHT <= MAX_TERMS, "scratch holds them");
 
 // Columns of src1 that a decoded chunk is multiplied with: their parts of 256 values and their sums are 160 KB for each term.
 static constexpr int COLUMN_BLOCK = 512;
@@ -71,6 +80,36 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     }
 }
 
+// Whose products: ours, or those of the stock type. Read once, at the first op or when the model loader asks whether the value is known.
+struct product_choice {
+    bool        is_stock;
+    std::string refusal;
+};
+
+static const product_choice & chosen_products() {
+    static const product_choice choice = [] {
+        const ggml_entropy_switch products("GGML_ENTROPY_PRODUCTS", "own");
+        const bool is_stock = products.value == "stock";
+        return product_choice{ is_stock, is_stock || products.value == "own" ? "" : products.refusal("own or stock") };
+    }();
+    return choice;
+}
+
+static bool products_are_stock() {
+    if (!chosen_products().refusal.empty()) {
+        GGML_ABORT("%s", chosen_products().refusal.c_str());
+    }
+    return chosen_products().is_stock;
+}
+
+static const char * refusal() {
+    const char * of_kernel = ggml_entropy_kernel_refusal();
+    if (of_kernel != nullptr) {
+        return of_kernel;
+    }
+    return chosen_products().refusal.empty() ? nullptr : chosen_products().refusal.c_str();
+}
+
 static const char * active_kernel() {
     return ggml_entropy_kernel_active().name;
 }
@@ -93,7 +132,7 @@ void * ggml_cpu_entropy_get_proc_address(const char * name) {
         return (void *) ggml_entropy_kernel_names;
     }
     if (std::strcmp(name, "ggml_backend_entropy_refusal") == 0) {
-        return (void *) ggml_entropy_kernel_refusal;
+        return (void *) refusal;
     }
     return nullptr;
 }
@@ -109,7 +148,7 @@ struct route {
 // Parts of the work buffer, in bytes from its start. Columns, their sums and the routes are shared; then comes a scratch for each thread.
 struct work_layout {
     int64_t n_columns   = 0; // of src1
-    size_t  values      = 0; // int8_t [MAX_TERMS][n_columns][ne0]
+    size_t  values      = 0; // int8_t [MAX_TERMS][n_columns][ne0]; or columns for stock products
     size_t  scales      = 0; // float  [MAX_TERMS][n_columns][ne0/32]
     size_t  block_sums  = 0; // int32_t [MAX_TERMS][n_columns][ne0/32]
     size_t  totals      = 0; // float  [n_columns]: of the values of each
@@ -122,7 +161,7 @@ struct work_layout {
 
     // in a thread's scratch
     size_t  units       = 0; // int8_t [CHUNK][UNIT]
-    size_t  rows        = 0; // 16 rows of codes; also a column of floats and one of block_q8_0 while columns are quantized
+    size_t  rows        = 0; // 16 rows, of codes or of a stock type; also a column of floats and one of block_q8_0 while columns are quantized
     size_t  index       = 0; // int32_t [n_block*MAX_TERMS]
     size_t  results     = 0; // float * [n_block]
     size_t  sums        = 0; // float [n_block*MAX_TERMS][ROWS]
@@ -147,7 +186,7 @@ struct work_layout {
             threads     = part(routes,      sizeof(route)*ggml_nelements(op->src[2]));
         }
         rows        = part(units,   CHUNK*UNIT);
-        index       = part(rows,    ROWS*w->ne[0]);
+        index       = part(rows,    MAX_WEIGHT*ROWS*w->ne[0]);
         results     = part(index,   n_block*MAX_TERMS*sizeof(int32_t));
         sums        = part(results, n_block*sizeof(float *));
         thread_size = part(sums,    n_block*MAX_TERMS*ROWS*sizeof(float));
@@ -169,6 +208,7 @@ struct worker {
     work_layout                 layout;
     const ggml_entropy_kernel & kernel;
     int                         n_terms  = MAX_TERMS;
+    ggml_type                   stock    = GGML_TYPE_COUNT; // the type whose products are asked for
     int64_t                     i_slab   = -1; // that is open
     bool                        is_lanes = false;
     ggml_entropy_view           view;          // of a slab in planes
@@ -215,12 +255,16 @@ struct worker {
         ggml_entropy_status status = GGML_ENTROPY_OK;
         if (is_lanes) {
             std::memcpy(&lanes, slab(i), sizeof(lanes));
-            status = check(lanes.n_cols, lanes.n_rows, lanes.kind, lanes.offset_mode);
+            status = has_stock_products() ? GGML_ENTROPY_BAD_MODE : check(lanes.n_cols, lanes.n_rows, lanes.kind, lanes.offset_mode);
         } else {
             status = ggml_entropy_open(slab(i), w->nb[2], &view);
             if (status == GGML_ENTROPY_OK) {
                 status = check(view.header.n_cols, view.header.n_rows, view.header.kind, view.header.offset_mode);
             }
+            if (status == GGML_ENTROPY_OK && has_stock_products() && ggml_entropy_plain_type(&view.header) != stock) {
+                status = GGML_ENTROPY_BAD_MODE;
+            }
+            view.decode = kernel.decode;
         }
         if (status != GGML_ENTROPY_OK) {
             GGML_ABORT("tensor '%s' of type %s: %s: the file was changed after the model was loaded: load it again",
@@ -234,6 +278,10 @@ struct worker {
             return GGML_ENTROPY_BAD_SHAPE;
         }
         return offset_mode != GGML_ENTROPY_OFFSET_NONE && n_terms != MAX_TERMS ? GGML_ENTROPY_BAD_MODE : GGML_ENTROPY_OK;
+    }
+
+    bool has_stock_products() const {
+        return stock != GGML_TYPE_COUNT;
     }
 
     // Does the open slab have offsets?
@@ -346,6 +394,11 @@ static void quantize_columns(worker & wk) {
         const int64_t i12 = c / x->ne[1] % x->ne[2];
         const int64_t i13 = c / x->ne[1] / x->ne[2];
         const float * from = (const float *) ((const char *) x->data + i11*x->nb[1] + i12*x->nb[2] + i13*x->nb[3]);
+        if (wk.has_stock_products()) {
+            const ggml_type type = ggml_get_type_traits_cpu(wk.stock)->vec_dot_type;
+            ggml_get_type_traits_cpu(type)->from_float(from, wk.shared<char>(wk.layout.values) + c*ggml_row_size(type, n_cols), n_cols);
+            continue;
+        }
         float total = 0.0f;
         for (int term = 0; term < wk.n_terms; term++) {
             const int64_t at = term*wk.layout.n_columns + c;
@@ -365,7 +418,7 @@ static void quantize_columns(worker & wk) {
 // The products of a row group of the open slab with n columns of src1: where(i, &column, &result) tells the number of column i, and where
 // its results, one for each row of the matrix, go.
 template <typename Where>
-static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & where) {
+static void multiply_group_own(worker & wk, int64_t group, int64_t n, const Where & where) {
     const ggml_entropy_columns columns = {
         wk.shared<int8_t>(wk.layout.values), wk.shared<float>(wk.layout.scales), wk.shared<int32_t>(wk.layout.block_sums), wk.x->ne[0]
     };
@@ -404,6 +457,35 @@ static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & 
     }
 }
 
+// The same by the stock type's own product, one row and one column at a time.
+template <typename Where>
+static void multiply_group_stock(worker & wk, int64_t group, int64_t n, const Where & where) {
+    const auto * traits = ggml_get_type_traits_cpu(wk.stock);
+    const int64_t n_cols      = wk.w->ne[0];
+    const size_t  row_size    = ggml_row_size(wk.stock, n_cols);
+    const size_t  column_size = ggml_row_size(traits->vec_dot_type, n_cols);
+    const char * columns = wk.shared<char>(wk.layout.values);
+    char       * rows    = wk.own<char>(wk.layout.rows);
+    GGML_ASSERT(ggml_entropy_decode_groups_plain(&wk.view, group, group + 1, wk.stock, rows) == GGML_ENTROPY_OK);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t column;
+        float * result;
+        where(i, &column, &result);
+        for (int row = 0; row < wk.n_rows(group); row++) {
+            traits->vec_dot((int) n_cols, result + group*ROWS + row, 0, rows + row*row_size, 0, columns + column*column_size, 0, 1);
+        }
+    }
+}
+
+template <typename Where>
+static void multiply_group(worker & wk, int64_t group, int64_t n, const Where & where) {
+    if (wk.has_stock_products()) {
+        multiply_group_stock(wk, group, n, where);
+    } else {
+        multiply_group_own(wk, group, n, where);
+    }
+}
+
 // Whether the weights have offsets (all slabs do or none) is told by a slab that the op uses: of experts that are not used not even the
 // header need be there.
 static void choose_terms(worker & wk, const ggml_tensor * ids) {
@@ -411,6 +493,9 @@ static void choose_terms(worker & wk, const ggml_tensor * ids) {
     GGML_ASSERT(i_slab >= 0 && i_slab < wk.w->ne[2]);
     wk.open(i_slab);
     wk.n_terms = wk.has_offset() ? MAX_TERMS : 1;
+    if (products_are_stock() && !wk.is_lanes) {
+        wk.stock = ggml_entropy_plain_type(&wk.view.header);
+    }
 }
 
 // Every thread begins with the unit of its own number; the counter hands out the others.

@@ -23,5 +23,5 @@ bool ggml_cpu_entropy_work_size(int n_threads, const ggml_tensor * op, size_t * 
 //   ggml_backend_entropy_decoder        ggml_entropy_decode_t (): decoder of the kernel level in use, for load mode
 //   ggml_backend_entropy_kernel         const char * (): name of the kernel level in use
 //   ggml_backend_entropy_kernels        const char * (): names of those that can run here, best first, separated by spaces
-//   ggml_backend_entropy_refusal        const char * (): why the switch GGML_ENTROPY_KERNEL is refused: ggml-backend-entropy.h
+//   ggml_backend_entropy_refusal        const char * (): why GGML_ENTROPY_KERNEL or GGML_ENTROPY_PRODUCTS is refused: ggml-backend-entropy.h
 void * ggml_cpu_entropy_get_proc_address(const char * name);

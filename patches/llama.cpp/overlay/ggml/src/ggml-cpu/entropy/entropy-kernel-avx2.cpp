@@ -187,9 +187,22 @@ bool ggml_entropy_kernel_avx2(ggml_entropy_kernel * kernel) {
     return true;
 }
 
+bool ggml_entropy_kernel_avx2_nopdep(ggml_entropy_kernel * kernel) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) {
+        return false;
+    }
+    *kernel = { "avx2-nopdep", ggml_entropy_kernel_generic().decode, multiply_avx2 };
+    return true;
+}
+
 #else
 
 bool ggml_entropy_kernel_avx2(ggml_entropy_kernel *) {
+    return false;
+}
+
+bool ggml_entropy_kernel_avx2_nopdep(ggml_entropy_kernel *) {
     return false;
 }
 

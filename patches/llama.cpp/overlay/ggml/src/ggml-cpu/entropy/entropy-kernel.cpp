@@ -21,6 +21,9 @@ static const std::vector<ggml_entropy_kernel> & kernels() {
         if (ggml_entropy_kernel_avx2(&special)) {
             usable.push_back(special);
         }
+        if (ggml_entropy_kernel_avx2_nopdep(&special)) {
+            usable.push_back(special);
+        }
         if (ggml_entropy_kernel_neon(&special)) {
             usable.push_back(special);
         }

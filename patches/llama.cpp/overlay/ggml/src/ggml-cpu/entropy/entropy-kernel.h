@@ -5,6 +5,7 @@
 //     ref      as docs/format.md reads, one bit and one product at a time; every other level is tested against it
 //     generic  portable C: the codec's decoder (ggml-entropy-decode.h), and loops for the compiler to vectorise
 //     avx2     64 weights at a time by pdep and byte shuffles; only there if the processor can, and pdep is not microcoded
+//     avx2-nopdep  the products of avx2 with the decoder of generic, for AMD's processors before Zen 3
 //     avx512   the same in registers of 64 bytes, with VNNI where it is there
 //     neon     64 weights at a time by byte look-ups, on aarch64, with dot products if the library is compiled for them
 //
@@ -63,4 +64,5 @@ ggml_entropy_kernel ggml_entropy_kernel_generic();
 // These are not for every processor: false, and nothing written, where they cannot run.
 bool ggml_entropy_kernel_avx512(ggml_entropy_kernel * kernel);
 bool ggml_entropy_kernel_avx2(ggml_entropy_kernel * kernel);
+bool ggml_entropy_kernel_avx2_nopdep(ggml_entropy_kernel * kernel);
 bool ggml_entropy_kernel_neon(ggml_entropy_kernel * kernel);
