@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The system is asked for coded tensors before the vocabulary is loaded, where they will be used."""
+"""Coded tensors are read while the vocabulary is built, where they will be mapped and stay."""
 
 from __future__ import annotations
 
@@ -13,30 +13,20 @@ import pytest
 
 from entrollm_gguf.gguf_io.reader import open_model
 
-# tells of every call that asks for pages, and of the mapping that follows
+# tells of every piece that is read at a place of its own
 _SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
-#include <fcntl.h>
 #include <stdio.h>
-#include <sys/mman.h>
+#include <unistd.h>
 
-int posix_fadvise64(int fd, off64_t offset, off64_t length, int advice) {
-    if (advice == POSIX_FADV_WILLNEED) {
-        fprintf(stderr, "asked %lld %lld\\n", (long long) offset, (long long) length);
-    }
-    return ((int (*)(int, off64_t, off64_t, int)) dlsym(RTLD_NEXT, "posix_fadvise64"))(fd, offset, length, advice);
+ssize_t pread64(int fd, void * to, size_t size, off64_t offset) {
+    fprintf(stderr, "asked %lld %zu;\\n", (long long) offset, size);
+    return ((ssize_t (*)(int, void *, size_t, off64_t)) dlsym(RTLD_NEXT, "pread64"))(fd, to, size, offset);
 }
 
-int posix_fadvise(int fd, off_t offset, off_t length, int advice) {
-    return posix_fadvise64(fd, offset, length, advice);
-}
-
-int posix_madvise(void * at, size_t length, int advice) {
-    if (advice == POSIX_MADV_WILLNEED) {
-        fprintf(stderr, "mapped\\n");
-    }
-    return ((int (*)(void *, size_t, int)) dlsym(RTLD_NEXT, "posix_madvise"))(at, length, advice);
+ssize_t pread(int fd, void * to, size_t size, off_t offset) {
+    return pread64(fd, to, size, offset);
 }
 """
 
@@ -59,27 +49,27 @@ def shim(tmp_path_factory):
     return folder / "shim.so"
 
 
-def told(shim, path, how: str) -> list[str]:
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "GGML_ENTROPY_MODE": "fused"}
+def asked(shim, path, how: str, **variables: str) -> list[tuple[int, int]]:
+    """Offset and size of each piece."""
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "GGML_ENTROPY_MODE": "fused", **variables}
     result = subprocess.run([sys.executable, "-c", _LOAD, path, how], capture_output=True, text=True, check=True, env=environment)
-    return [line for line in result.stderr.splitlines() if line.startswith(("asked", "mapped"))]
+    return [(int(offset), int(size)) for offset, size in re.findall(r"asked (\d+) (\d+);", result.stderr)]
 
 
-def test_coded_tensors_are_asked_for_before_the_file_is_mapped(shim, converted):
+def test_coded_tensors_are_read_ahead(shim, converted):
+    """In the order of the file; so small a model may be loaded before its reader has come to an
+    end, or has begun."""
     path = converted("llama", "EQ8-rows")
-    said = told(shim, path, "map")
-    assert said[-1] == "mapped" and said.count("mapped") == 1
-    with open(path, "rb") as file:
-        model = open_model(path)
-        asked = {tuple(map(int, re.findall(r"\d+", line))) for line in said[:-1]}
-        magics = set()
-        for offset, _ in asked:
-            file.seek(offset)
-            magics.add(file.read(4))
-    assert magics == {b"EQTP"}
-    assert sorted(size for _, size in asked) == sorted(tensor.n_bytes for tensor in model.tensors() if tensor.kind)
+    whole, sizes = path.read_bytes(), {tensor.n_bytes for tensor in open_model(path).tensors() if tensor.kind}
+    pieces = next(filter(None, (asked(shim, path, "map") for _ in range(10))))
+    assert pieces == sorted(pieces)
+    assert all(whole[offset : offset + 4] == b"EQTP" and size in sizes for offset, size in pieces)
 
 
 @pytest.mark.parametrize("how", ["vocabulary", "read"])
-def test_nothing_is_asked_for_that_is_not_mapped(shim, converted, how):
-    assert not [line for line in told(shim, converted("llama", "EQ8-rows"), how) if line.startswith("asked")]
+def test_nothing_is_read_that_is_not_mapped(shim, converted, how):
+    assert asked(shim, converted("llama", "EQ8-rows"), how) == []
+
+
+def test_nothing_is_read_that_memory_would_not_keep(shim, converted):
+    assert asked(shim, converted("llama", "EQ8-rows"), "map", GGML_ENTROPY_MEMORY_MIB="0.01") == []

@@ -28,6 +28,7 @@
 #include <cstring>
 #include <fstream>
 #include <stdexcept>
+#include <system_error>
 #include <vector>
 
 #if defined(__linux__)
@@ -256,16 +257,60 @@ static bool cpu_is_numa() {
 }
 #endif
 
+llama_entropy::~llama_entropy() {
+    stop_reader = true;
+    if (reader.joinable()) {
+        reader.join();
+    }
+}
+
 void llama_entropy::read_ahead(const llama_model_loader & ml) {
 #if defined(__linux__)
-    if (!ml.use_mmap || cpu_is_numa()) { // each node of a NUMA system is to read its own pages (llama_mmap)
-        return;
-    }
+    struct range {
+        int    fd;
+        size_t begin;
+        size_t end;
+    };
+    std::vector<range> ranges;
+    size_t n_bytes = 0;
     for (const auto & [name, weight] : ml.weights_map) {
         if (ggml_entropy_is_type(weight.tensor->type)) {
-            // an error means that it is read later
-            posix_fadvise(ml.files.at(weight.idx)->file_id(), (off_t) weight.offs, (off_t) ggml_nbytes(weight.tensor), POSIX_FADV_WILLNEED);
+            const size_t size = ggml_nbytes(weight.tensor);
+            ranges.push_back({ ml.files.at(weight.idx)->file_id(), weight.offs, weight.offs + size });
+            n_bytes += size;
         }
+    }
+    // not where pages would be gone again before they are used, and each node of a NUMA system is to read its own (llama_mmap)
+    if (!ml.use_mmap || n_bytes == 0 || n_bytes > memory_limit()/2 || cpu_is_numa()) {
+        return;
+    }
+    std::sort(ranges.begin(), ranges.end(), [](const range & a, const range & b) {
+        return a.fd != b.fd ? a.fd < b.fd : a.begin < b.begin;
+    });
+    // whatever fails here only means that pages are read later
+    const auto read = [this, ranges] {
+        std::vector<char> piece(1 << 20);
+        int file = -1;
+        for (size_t i = 0; i < ranges.size(); i++) {
+            if (i == 0 || ranges[i].fd != ranges[i - 1].fd) { // opened anew: what the kernel knows of a reader's habits is the open file's
+                if (file >= 0) {
+                    close(file);
+                }
+                file = open(format("/proc/self/fd/%d", ranges[i].fd).c_str(), O_RDONLY | O_CLOEXEC);
+            }
+            for (size_t at = ranges[i].begin; at < ranges[i].end && !stop_reader; at += piece.size()) {
+                if (pread(file, piece.data(), std::min(piece.size(), ranges[i].end - at), (off_t) at) <= 0) {
+                    break;
+                }
+            }
+        }
+        if (file >= 0) {
+            close(file);
+        }
+    };
+    try {
+        reader = std::thread(read);
+    } catch (const std::system_error &) {
     }
 #else
     GGML_UNUSED(ml);

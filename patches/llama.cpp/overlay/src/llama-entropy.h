@@ -25,10 +25,12 @@
 #include "ggml-backend.h"
 #include "../ggml/src/ggml-entropy.h"
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -56,9 +58,12 @@ void llama_entropy_check_quantize(const ggml_tensor * tensor, ggml_type target);
 bool llama_entropy_to_float(const ggml_tensor * tensor, const void * data, float * out);
 
 struct llama_entropy {
-    // If the file is to be mapped, let the system begin to read the entropy-coded tensors, while the vocabulary is loaded. Stock tensors wait
-    // until they are mapped, behind the vocabulary; but of ours, the headers are read before that, one by one, which takes its time.
-    static void read_ahead(const llama_model_loader & ml);
+    ~llama_entropy();
+
+    // If the files are to be mapped, read the entropy-coded tensors into the page cache from here on, by a thread of its own, while the
+    // vocabulary is built. Stock tensors are read when they are mapped, behind the vocabulary. Of ours, headers were read before that, one
+    // by one, and pages that are there already make Linux read the others in small pieces: mapping takes twice as long.
+    void read_ahead(const llama_model_loader & ml);
 
     // GGML_ENTROPY_MODE in the environment, or the metadata override entropy.mode, which wins.
     enum mode_t { MODE_AUTO, MODE_LOAD, MODE_FUSED };
@@ -108,6 +113,9 @@ private:
 
     llama_entropy_buffer payload_buf, plain_buf, device_buf; // of the tensor in hand
     llama_entropy_lanes  lanes;
+
+    std::thread       reader; // of read_ahead
+    std::atomic<bool> stop_reader{ false };
 
     void survey(const llama_model_loader & ml);
     void read_mode(const llama_model_loader & ml);
