@@ -53,7 +53,7 @@ for line in open("/proc/self/smaps_rollup"):
 sys.stdout.flush()
 sys.stdin.readline()
 """
-COLD_STARTS = 7
+COLD_STARTS = 15
 
 
 def resident(path: Path, mode: str, processes: int = 1) -> list[tuple[int, int]]:

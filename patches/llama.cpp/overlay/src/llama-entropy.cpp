@@ -289,7 +289,7 @@ void llama_entropy::read_ahead(const llama_model_loader & ml) {
     });
     // whatever fails here only means that pages are read later
     const auto read = [this, ranges] {
-        std::vector<char> piece(1 << 20);
+        char piece[1 << 16]; // on the stack: what is freed to the heap may stay resident
         int file = -1;
         for (size_t i = 0; i < ranges.size(); i++) {
             if (i == 0 || ranges[i].fd != ranges[i - 1].fd) { // opened anew: what the kernel knows of a reader's habits is the open file's
@@ -298,8 +298,8 @@ void llama_entropy::read_ahead(const llama_model_loader & ml) {
                 }
                 file = open(format("/proc/self/fd/%d", ranges[i].fd).c_str(), O_RDONLY | O_CLOEXEC);
             }
-            for (size_t at = ranges[i].begin; at < ranges[i].end && !stop_reader; at += piece.size()) {
-                if (pread(file, piece.data(), std::min(piece.size(), ranges[i].end - at), (off_t) at) <= 0) {
+            for (size_t at = ranges[i].begin; at < ranges[i].end && !stop_reader; at += sizeof(piece)) {
+                if (pread(file, piece, std::min(sizeof(piece), ranges[i].end - at), (off_t) at) <= 0) {
                     break;
                 }
             }
