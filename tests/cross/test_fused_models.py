@@ -32,7 +32,9 @@ def test_fused_logits(converted, tmp_path, name, recipe):
 
 
 # x86's products for one column and for several (llamafile's) sum in one order
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere ggml's products for several columns sum in another order")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere ggml's products for several columns sum in another order"
+)
 @pytest.mark.parametrize("recipe", ["EQ8-rows", "EQ4-rows"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_with_stock_products_logits_are_those_of_load_mode(converted, tmp_path, monkeypatch, name, recipe):
