@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A model of 1.07 G weights (bench/synthetic.py): tokens per second, bytes moved, batches, cold
-starts. `python bench/scale.py FOLDER OUT.json`.
+starts. `python bench/scale.py FOLDER OUT.json`; with `cold` behind that, cold starts alone.
 
 FOLDER keeps the files (8 GB, a quarter of an hour to make), so that a second run finds them. Beside
 ours, stock types of the same weights: Q8_0, Q6_K, Q4_K_M, IQ4_XS. Runs take turns in rounds, and a
@@ -113,13 +113,29 @@ def cold_start(path: Path, mode: str) -> tuple[float, str]:
     return seconds, "; ".join(line.strip() for line in done.stderr.splitlines() if "llama_entropy" in line)
 
 
-def main(folder: Path, out: Path) -> None:
-    """Measure everything, runs in turns."""
-    begun = provenance("python bench/scale.py FOLDER OUT.json")
+def cold_starts(modes: list[tuple[str, Path, str]], n_rounds: int) -> dict[str, dict]:
+    """Cold starts of (name, file, mode) in turns."""
+    starts: dict[str, list[float]] = {name: [] for name, _, _ in modes}
+    said: dict[str, str] = {}
+    for _ in range(n_rounds):
+        for name, path, mode in modes:
+            seconds, said[name] = cold_start(path, mode)
+            starts[name].append(seconds)
+    for name, values in starts.items():
+        print(f"{name:14} cold start {statistics.median(values):.2f} s; {re.sub(r'.*llama_entropy: ', '', said[name])}")
+    return {"cold_start_seconds": starts, "loader": said}
+
+
+def main(folder: Path, out: Path, only_cold: bool) -> None:
+    """Measure everything, runs in turns; or cold starts alone."""
+    begun = provenance("python bench/scale.py FOLDER OUT.json" + (" cold" if only_cold else ""))
     files = make_files(folder)
     sizes = {name: sum(t.n_bytes for t in open_model(path).tensors()) for name, path in files.items()}
     modes = [(name, path, "auto") for name, path in files.items() if name in STOCK]
     modes += [(f"{name} {mode}", files[name], mode) for name in OURS for mode in ("load", "fused")]
+    if only_cold:
+        out.write_text(json.dumps({**begun, **cold_starts(modes, 2 * COLD_STARTS + 1)}, indent=2) + "\n")
+        return
     runs = [Run(name, path, mode, n) for n in N_THREADS for name, path, mode in modes]
     rounds: list[list[dict[str, float]]] = []
     bandwidths = {n: read_bandwidth(n) for n in N_THREADS}
@@ -145,27 +161,18 @@ def main(folder: Path, out: Path) -> None:
     batches = {run.name: batched(run) for run in runs if run.n_threads == N_THREADS[-1]}
     for name, speeds in batches.items():
         print(f"{name:14} {', '.join(f'{n} tokens at once {speed:.2f}' for n, speed in speeds.items())} tokens/s")
-    starts: dict[str, list[float]] = {name: [] for name, _, _ in modes}
-    said: dict[str, str] = {}
-    for _ in range(COLD_STARTS):
-        for name, path, mode in modes:
-            seconds, said[name] = cold_start(path, mode)
-            starts[name].append(seconds)
-    for name, values in starts.items():
-        print(f"{name:14} cold start {statistics.median(values):.2f} s; {re.sub(r'.*llama_entropy: ', '', said[name])}")
     print(f"memory read: {', '.join(f'{n} threads {speed:.1f} GB/s' for n, speed in bandwidths.items())}")
     report = {
         **begun,
         "read_gb_per_second": bandwidths,
         "rows": rows,
         "tokens_at_once": batches,
-        "cold_start_seconds": starts,
-        "loader": said,
+        **cold_starts(modes, COLD_STARTS),
     }
     out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], ["cold"]):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) == 4)
