@@ -4,9 +4,9 @@ load."""
 
 from __future__ import annotations
 
-import platform
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +31,12 @@ def test_fused_logits(converted, tmp_path, name, recipe):
     check(converted(name, recipe), tmp_path, BOUNDS[recipe])
 
 
-# x86's products for one column and for several (llamafile's) sum in one order
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere ggml's products for several columns sum in another order"
-)
+def has_avx2() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " avx2 " in cpuinfo.read_text()
+
+
+@pytest.mark.skipif(not has_avx2(), reason="ggml's products for one column and for several (llamafile's) sum in one order with AVX2 only")
 @pytest.mark.parametrize("recipe", ["EQ8-rows", "EQ4-rows"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_with_stock_products_logits_are_those_of_load_mode(converted, tmp_path, monkeypatch, name, recipe):
@@ -44,10 +46,11 @@ def test_with_stock_products_logits_are_those_of_load_mode(converted, tmp_path, 
 
 
 @pytest.mark.parametrize("recipe", ["EQ8-paper", "EQ4-paper"])
-def test_stock_products_with_offsets(converted, tmp_path, monkeypatch, recipe):
+@pytest.mark.parametrize("name", ["mistral", "qwen2_moe"])
+def test_stock_products_with_offsets(converted, tmp_path, monkeypatch, name, recipe):
     """F16 and Q4_1: ggml has several products of F16, which sum differently."""
     monkeypatch.setenv("GGML_ENTROPY_PRODUCTS", "stock")
-    check(converted("mistral", recipe), tmp_path, 1e-4)
+    check(converted(name, recipe), tmp_path, 5e-4)
 
 
 def test_four_bits_with_offsets_are_nearer_to_f32_than_q4_1_is(converted, tmp_path):

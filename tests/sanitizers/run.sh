@@ -34,6 +34,8 @@ ops() {
         echo "== ops, level $level"
         GGML_ENTROPY_KERNEL=$level "$built/test-entropy-ops" "$work/cases.gguf" "$work/out.f32" "$@" 2>&1 | tee "$work/ops-$level.log" || status=1
     done
+    echo "== ops, stock products"
+    GGML_ENTROPY_PRODUCTS=stock "$built/test-entropy-ops" "$work/cases.gguf" "$work/out.f32" "$@" 2>&1 | tee "$work/ops-stock.log" || status=1
 }
 
 if [ "$kind" = address ]; then

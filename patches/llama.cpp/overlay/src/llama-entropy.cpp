@@ -28,7 +28,6 @@
 #include <cstring>
 #include <fstream>
 #include <stdexcept>
-#include <system_error>
 #include <vector>
 
 #if defined(__linux__)
@@ -267,16 +266,16 @@ llama_entropy::~llama_entropy() {
 void llama_entropy::read_ahead(const llama_model_loader & ml) {
 #if defined(__linux__)
     struct range {
-        int    fd;
-        size_t begin;
-        size_t end;
+        uint16_t file;
+        size_t   begin;
+        size_t   end;
     };
     std::vector<range> ranges;
     size_t n_bytes = 0;
     for (const auto & [name, weight] : ml.weights_map) {
         if (ggml_entropy_is_type(weight.tensor->type)) {
             const size_t size = ggml_nbytes(weight.tensor);
-            ranges.push_back({ ml.files.at(weight.idx)->file_id(), weight.offs, weight.offs + size });
+            ranges.push_back({ weight.idx, weight.offs, weight.offs + size });
             n_bytes += size;
         }
     }
@@ -285,32 +284,35 @@ void llama_entropy::read_ahead(const llama_model_loader & ml) {
         return;
     }
     std::sort(ranges.begin(), ranges.end(), [](const range & a, const range & b) {
-        return a.fd != b.fd ? a.fd < b.fd : a.begin < b.begin;
+        return a.file != b.file ? a.file < b.file : a.begin < b.begin;
     });
-    // whatever fails here only means that pages are read later
-    const auto read = [this, ranges] {
-        char piece[1 << 16]; // on the stack: what is freed to the heap may stay resident
-        int file = -1;
-        for (size_t i = 0; i < ranges.size(); i++) {
-            if (i == 0 || ranges[i].fd != ranges[i - 1].fd) { // opened anew: what the kernel knows of a reader's habits is the open file's
-                if (file >= 0) {
-                    close(file);
-                }
-                file = open(format("/proc/self/fd/%d", ranges[i].fd).c_str(), O_RDONLY | O_CLOEXEC);
+    // Files are opened anew: what the kernel knows of a reader's habits is the open file's, and the reader may live longer than the
+    // loader's. Whatever fails only means that pages are read later.
+    std::vector<int> files;
+    for (const auto & file : ml.files) {
+        files.push_back(open(format("/proc/self/fd/%d", file->file_id()).c_str(), O_RDONLY | O_CLOEXEC));
+    }
+    const auto close_all = [files] {
+        for (const int file : files) {
+            if (file >= 0) {
+                close(file);
             }
-            for (size_t at = ranges[i].begin; at < ranges[i].end && !stop_reader; at += sizeof(piece)) {
-                if (pread(file, piece, std::min(sizeof(piece), ranges[i].end - at), (off_t) at) <= 0) {
-                    break;
-                }
-            }
-        }
-        if (file >= 0) {
-            close(file);
         }
     };
     try {
-        reader = std::thread(read);
-    } catch (const std::system_error &) {
+        reader = std::thread([this, ranges, files, close_all] {
+            char piece[1 << 16]; // on the stack: what is freed to the heap may stay resident
+            for (const range & one : ranges) {
+                for (size_t at = one.begin; at < one.end && !stop_reader; at += sizeof(piece)) {
+                    if (pread(files[one.file], piece, std::min(sizeof(piece), one.end - at), (off_t) at) <= 0) {
+                        break;
+                    }
+                }
+            }
+            close_all();
+        });
+    } catch (const std::exception &) {
+        close_all();
     }
 #else
     GGML_UNUSED(ml);

@@ -394,7 +394,7 @@ void ggml_entropy_decode_units(const struct ggml_entropy_code * code, struct ggm
 // Rows of codes from units: row i of the group is row[i]. n_rows of the group exist. n_units is a multiple of 8, as n_cols is one of 32.
 static void units_to_rows(const int8_t * units, int n_units, int n_rows, int8_t * rows, int64_t row_size) {
     int i = 0;
-#ifdef HAVE_SSE2
+#if PART_SIZE == 16 // SSE2 is there
     // squares of 4 units by 4 rows, whose elements are the 4 columns of a unit
     for (; i + 4 <= n_rows; i += 4) {
         for (int u = 0; u < n_units; u += 4) {
