@@ -16,8 +16,9 @@
 // A weight in the device layout can come here, too: the scheduler copies one from a GPU for an op that the GPU does not do, and
 // test-backend-ops copies all. Such slabs are decoded row by row, plainly.
 //
-// All scratch is in the graph's work buffer, but for a group's codes where products are stock. Payloads were validated when the model was loaded (llama-entropy.cpp). A file that is mapped
-// can change after that: so a slab's header is checked again whenever it is opened, and all that follows is bounded by that copy.
+// All scratch is in the graph's work buffer, but for a group's codes where products are stock. Payloads were validated when the model was
+// loaded (llama-entropy.cpp). A file that is mapped can change after that: so a slab's header is checked again whenever it is opened, and
+// all that follows is bounded by that copy.
 
 #include "entropy-cpu.h"
 #include "entropy-kernel.h"
